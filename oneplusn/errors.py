@@ -1,0 +1,191 @@
+"""Every exception that a caller or an upload can cause, in one tree.
+
+    OneplusnError
+    ├── AdapterError                     an upload, a version or its place in memory
+    │   ├── AdapterNotFound        404   adapter_not_found
+    │   ├── AdapterInvalid         422   adapter_invalid, or a narrower code per instance
+    │   ├── AdapterIncompatible    422   adapter_incompatible
+    │   ├── AdapterMediaType       415   pickle_rejected
+    │   ├── AdapterExists          409   adapter_exists
+    │   └── PoolExhausted          503   adapter_memory_exhausted, retryable
+    ├── ServingError                     a request
+    │   ├── InvalidRequest         400   invalid_value
+    │   ├── UnknownTask            404   model_not_found
+    │   ├── PromptTooLong          400   context_length_exceeded
+    │   ├── QueueFull              429   queue_full, retryable
+    │   ├── RequestCancelled       499   request_cancelled
+    │   └── EngineStopped          503   engine_stopped, retryable
+    └── StartupError                     the process refuses to start; never an answer to a request
+        ├── ConfigError                  config_error
+        ├── ModelRefused                 model_refused
+        └── MemoryPlanRefused            memory_plan_refused
+
+The classes carry what an HTTP answer needs (`status_code`, `code`, `type`, `retryable`, `param`),
+and one handler in the server turns any of them into OpenAI's error body. A message holds the bad
+value, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OneplusnError(Exception):
+    """Base of the tree.
+
+    Attributes:
+        status_code: HTTP status of the answer.
+        type: Error family in OpenAI's vocabulary.
+        retryable: Whether the same request can succeed later.
+        code: Stable, machine-readable reason; a class default that an instance may narrow.
+        param: Name of the request field at fault, if one is.
+    """
+
+    status_code: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+    code: str = "internal_error"
+    param: str | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        """Keep the message; narrow `code` and `param` where the class default is too wide."""
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+        if param is not None:
+            self.param = param
+
+    @property
+    def message(self) -> str:
+        """The text for the caller."""
+        return str(self.args[0])
+
+
+class AdapterError(OneplusnError):
+    """Something is wrong with an adapter."""
+
+    status_code = 422
+    type = "invalid_request_error"
+    code = "adapter_error"
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter, version or alias has this name."""
+
+    status_code = 404
+    code = "adapter_not_found"
+
+
+class AdapterInvalid(AdapterError):
+    """The upload cannot be served by any base; `code` may say more, as `dora_not_supported`."""
+
+    code = "adapter_invalid"
+
+
+class AdapterIncompatible(AdapterError):
+    """The adapter is sound, but made for another base model."""
+
+    code = "adapter_incompatible"
+
+
+class AdapterMediaType(AdapterError):
+    """The weights come in a format that could run code; only safetensors is read."""
+
+    status_code = 415
+    code = "pickle_rejected"
+
+
+class AdapterExists(AdapterError):
+    """The name is taken, by an adapter or by a task of another active adapter."""
+
+    status_code = 409
+    code = "adapter_exists"
+
+
+class PoolExhausted(AdapterError):
+    """The adapter does not fit beside those that are pinned or in use."""
+
+    status_code = 503
+    type = "server_error"
+    retryable = True
+    code = "adapter_memory_exhausted"
+
+
+class ServingError(OneplusnError):
+    """A request cannot be served."""
+
+    code = "serving_error"
+
+
+class InvalidRequest(ServingError):
+    """A field of the request has a value that is not allowed."""
+
+    status_code = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class UnknownTask(ServingError):
+    """No active adapter has this task, and the base model has another name."""
+
+    status_code = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+    param = "model"
+
+
+class PromptTooLong(ServingError):
+    """Prompt and completion together exceed what the model or the cache can hold."""
+
+    status_code = 400
+    type = "invalid_request_error"
+    code = "context_length_exceeded"
+
+
+class QueueFull(ServingError):
+    """Too many requests wait already."""
+
+    status_code = 429
+    type = "rate_limit_error"
+    retryable = True
+    code = "queue_full"
+
+
+class RequestCancelled(ServingError):
+    """The client went away, or someone cancelled the request."""
+
+    status_code = 499
+    type = "invalid_request_error"
+    code = "request_cancelled"
+
+
+class EngineStopped(ServingError):
+    """The engine is starting, draining or restarting."""
+
+    status_code = 503
+    retryable = True
+    code = "engine_stopped"
+
+
+class StartupError(OneplusnError):
+    """The process cannot start as configured."""
+
+    code = "startup_error"
+
+
+class ConfigError(StartupError):
+    """A setting is unknown, malformed or contradicts another."""
+
+    code = "config_error"
+
+
+class ModelRefused(StartupError):
+    """The base model failed its probe, so its answers would be wrong."""
+
+    code = "model_refused"
+
+
+class MemoryPlanRefused(StartupError):
+    """Weights, adapters and KV cache do not fit into the budgets."""
+
+    code = "memory_plan_refused"
