@@ -1,0 +1,280 @@
+"""Read adapters from folders and uploads, and write them: the only reader of untrusted bytes.
+
+What comes in is judged in this order, and nothing of it is kept when it is refused: names of files
+(`uploads`), the header of the weights (`weights`), the JSON documents (`checks`), the rules of the
+format read, and the rules of every bundle (`validation`). No path of an archive is ever used, no
+pickle is ever opened, no text is ever rendered.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from torch import Tensor
+
+from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta, Scalar
+from oneplusn.adapters.checks import check_name, decode_json, shown
+from oneplusn.adapters.converters import peft_lora
+from oneplusn.adapters.uploads import list_folder, stage
+from oneplusn.adapters.validation import MAX_EXPERTS, MAX_MODULES, MAX_TASKS
+from oneplusn.adapters.weights import check_safetensors_header, read_tensors, write_tensors
+from oneplusn.errors import AdapterExists, AdapterInvalid
+
+__all__ = ["check_safetensors_header", "read_adapter", "read_upload", "write_bundle"]
+
+SCHEMA_VERSION = 1
+BUNDLE_FILE = "bundle.json"
+PEFT_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+MAX_JSON_BYTES = 8 * 1024 * 1024
+MAX_UPLOAD_BYTES = 4 * 1024**3
+
+PARTS = ("A", "B", "gate", "scale")
+
+
+class _ExpertEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """One expert in `bundle.json`."""
+
+    name: str
+    kind: Literal["common", "own"]
+    owner: str | None
+    rank: int
+
+
+class _SiteEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """One module in `bundle.json`."""
+
+    ranks: Annotated[list[int], msgspec.Meta(max_length=MAX_EXPERTS)]
+
+
+class _BundleFile(msgspec.Struct, forbid_unknown_fields=True):
+    """The whole of `bundle.json`."""
+
+    schema_version: int
+    method: str
+    base: str | None
+    tasks: Annotated[list[str], msgspec.Meta(max_length=MAX_TASKS)]
+    experts: Annotated[list[_ExpertEntry], msgspec.Meta(max_length=MAX_EXPERTS)]
+    sites: Annotated[dict[str, _SiteEntry], msgspec.Meta(max_length=MAX_MODULES)]
+    defaults: dict[str, dict[str, Scalar]] = {}
+    metadata: dict[str, str] = {}
+
+
+class _Version(msgspec.Struct):
+    """The one field that every version of `bundle.json` has."""
+
+    schema_version: int
+
+
+def read_adapter(path: Path, *, name: str, assume_converted: bool = False) -> Bundle:
+    """Read an adapter from a folder, or from one archive.
+
+    Args:
+        path: a folder with `bundle.json` or PEFT's `adapter_config.json` beside
+            `adapter_model.safetensors`, or a .tar, .tar.gz or .zip of those.
+        name: name of the adapter, and of the task of a PEFT adapter.
+        assume_converted: take an adapter whose training changed the base's weights (PiSSA, OLoRA,
+            CorDA, LoftQ) as converted to the unchanged base.
+
+    Raises:
+        AdapterInvalid: with a code that says what is wrong.
+        AdapterMediaType: a pickle among the files.
+    """
+    if path.is_file():
+        return read_upload({path.name: path}, name=name, assume_converted=assume_converted)
+    check_name(name, "adapter name")
+    if not path.is_dir():
+        raise AdapterInvalid(
+            f"{shown(str(path))} is neither a folder nor an archive; give the folder that holds"
+            f" {WEIGHTS_FILE}",
+            code="file_missing",
+        )
+    try:
+        return _read(list_folder(path), name=name, assume_converted=assume_converted)
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def read_upload(
+    files: Mapping[str, bytes | Path],
+    *,
+    name: str,
+    assume_converted: bool = False,
+    max_bytes: int = MAX_UPLOAD_BYTES,
+) -> Bundle:
+    """Read an adapter from what a client sent; leave nothing on disk.
+
+    Args:
+        files: flat files or one archive, by the names that the client gave; a path is where the
+            server put the bytes.
+        name: as in `read_adapter`.
+        assume_converted: as in `read_adapter`.
+        max_bytes: most bytes of all files, an archive's counted as they expand.
+
+    Raises:
+        AdapterInvalid: with a code that says what is wrong.
+        AdapterMediaType: a pickle among the files.
+    """
+    check_name(name, "adapter name")
+    try:
+        with tempfile.TemporaryDirectory(prefix="oneplusn-upload-") as scratch:
+            staged = stage(files, Path(scratch), max_bytes)
+            return _read(staged, name=name, assume_converted=assume_converted)
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def write_bundle(bundle: Bundle, folder: Path) -> None:
+    """Write a bundle as a new folder: all of it or nothing, and on the disk when this returns.
+
+    Raises:
+        AdapterExists: the folder exists and is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    scratch.mkdir()
+    try:
+        (scratch / BUNDLE_FILE).write_bytes(_encode(bundle))
+        write_tensors(_tensors(bundle), scratch / WEIGHTS_FILE)
+        for path in (scratch / BUNDLE_FILE, scratch / WEIGHTS_FILE, scratch):
+            _sync(path)
+        _move(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _read(files: Mapping[str, Path], *, name: str, assume_converted: bool) -> Bundle:
+    if WEIGHTS_FILE not in files:
+        raise _missing(WEIGHTS_FILE, files)
+    if (BUNDLE_FILE in files) == (PEFT_FILE in files):
+        if BUNDLE_FILE not in files:
+            raise _missing(f"{BUNDLE_FILE} or {PEFT_FILE}", files)
+        raise AdapterInvalid(
+            f"both {BUNDLE_FILE} and {PEFT_FILE}: they describe the same weights in two ways;"
+            " leave one out",
+            code="adapter_ambiguous",
+        )
+    if BUNDLE_FILE in files:
+        description = _decode(_read_json(files[BUNDLE_FILE]))
+        return _assemble(description, read_tensors(files[WEIGHTS_FILE]))
+    config = decode_json(
+        _read_json(files[PEFT_FILE]), dict[str, Any], what=PEFT_FILE, max_bytes=MAX_JSON_BYTES
+    )
+    return peft_lora.to_bundle(
+        config,
+        read_tensors(files[WEIGHTS_FILE]),
+        task=name,
+        assume_converted=assume_converted,
+    )
+
+
+def _read_json(path: Path) -> bytes:
+    """Read a document, or as much of it as proves that it is too large."""
+    with path.open("rb") as file:
+        return file.read(MAX_JSON_BYTES + 1)
+
+
+def _decode(data: bytes) -> _BundleFile:
+    version = decode_json(data, _Version, what=BUNDLE_FILE, max_bytes=MAX_JSON_BYTES)
+    if version.schema_version != SCHEMA_VERSION:
+        raise AdapterInvalid(
+            f"{BUNDLE_FILE}: schema_version {version.schema_version}, this server reads"
+            f" {SCHEMA_VERSION}; write the adapter again, or use a server of that version",
+            code="schema_version_unsupported",
+        )
+    return decode_json(data, _BundleFile, what=BUNDLE_FILE, max_bytes=MAX_JSON_BYTES)
+
+
+def _assemble(description: _BundleFile, tensors: Mapping[str, Tensor]) -> Bundle:
+    expected = {f"{path}.{part}" for path in description.sites for part in PARTS}
+    missing, unexpected = expected - tensors.keys(), tensors.keys() - expected
+    if missing or unexpected:
+        fault = f"lacks {shown(min(missing))}" if missing else f"has {shown(min(unexpected))}"
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE} {fault}; it holds {', '.join(PARTS)} of exactly the"
+            f" {len(description.sites)} modules under 'sites' in {BUNDLE_FILE}",
+            code="tensor_missing" if missing else "tensor_unexpected",
+        )
+    return Bundle(
+        method=description.method,
+        tasks=tuple(description.tasks),
+        experts=tuple(Expert(e.name, e.kind, e.owner, e.rank) for e in description.experts),
+        modules={
+            path: ModuleDelta(
+                a=tensors[f"{path}.A"],
+                b=tensors[f"{path}.B"],
+                ranks=tuple(site.ranks),
+                gate=tensors[f"{path}.gate"],
+                scale=tensors[f"{path}.scale"],
+            )
+            for path, site in description.sites.items()
+        },
+        base=description.base,
+        defaults=description.defaults,
+        metadata=description.metadata,
+    )
+
+
+def _encode(bundle: Bundle) -> bytes:
+    description = _BundleFile(
+        schema_version=SCHEMA_VERSION,
+        method=bundle.method,
+        base=bundle.base,
+        tasks=list(bundle.tasks),
+        experts=[_ExpertEntry(e.name, e.kind, e.owner, e.rank) for e in bundle.experts],
+        sites={path: _SiteEntry(list(delta.ranks)) for path, delta in bundle.modules.items()},
+        defaults={task: dict(values) for task, values in bundle.defaults.items()},
+        metadata=dict(bundle.metadata),
+    )
+    return msgspec.json.format(msgspec.json.encode(description), indent=1) + b"\n"
+
+
+def _tensors(bundle: Bundle) -> dict[str, Tensor]:
+    return {
+        f"{path}.{part}": tensor
+        for path, delta in bundle.modules.items()
+        for part, tensor in zip(PARTS, (delta.a, delta.b, delta.gate, delta.scale), strict=True)
+    }
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    try:
+        scratch.rename(folder)
+    except OSError as error:
+        if not folder.exists():
+            raise
+        raise AdapterExists(
+            f"{shown(str(folder))} exists and a version is never overwritten ({error.strerror});"
+            " choose another folder or remove that one"
+        ) from None
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _missing(what: str, files: Mapping[str, Path]) -> AdapterInvalid:
+    there = ", ".join(sorted(files)) or "none of the files that are read"
+    return AdapterInvalid(f"{what} is missing; found {there}; add it", code="file_missing")
+
+
+def _unreadable(error: OSError) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"a file of the adapter cannot be read ({error.strerror}); check that it is there, that"
+        " the server may read it, and that the disk is not full",
+        code="file_unreadable",
+    )

@@ -1,0 +1,1 @@
+"""Training of clusters: data, the model with trainable experts, the loop."""

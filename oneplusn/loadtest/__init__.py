@@ -1,0 +1,1 @@
+"""Load over HTTP, and the benchmark against other libraries; imports nothing of ours."""

@@ -1,0 +1,310 @@
+"""Load a base model, refuse what would be served wrongly, and say what the engine must know."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+import oneplusn.demo
+from oneplusn.adapters.attach import find_sites
+from oneplusn.errors import ConfigError, ModelRefused
+from oneplusn.kernels.plan import SiteSpec
+from oneplusn.server.engine.attention import LayerShape
+from oneplusn.server.engine.linear import PackedLinear, pack_linears
+from oneplusn.server.engine.memory import check_weights_fit
+from oneplusn.server.engine.probe import ProbeReport, probe
+
+DEMO = "demo"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A base model that passed its probe.
+
+    Attributes:
+        model: The Hugging Face model, in inference mode, its linears packed where that helps.
+        folder: Where its tokenizer lies.
+        dtype: Of the activations.
+        eos_ids: Tokens that end a sequence.
+        vocab_size: Number of logits V.
+        max_model_len: Most tokens of a sequence that the model can tell apart.
+        layers: Shape of every layer's keys and values.
+        sites: Linears that adapters can reach.
+        num_bytes: What the weights take.
+        probe: How the model passed.
+    """
+
+    model: PreTrainedModel
+    folder: Path
+    dtype: torch.dtype
+    eos_ids: frozenset[int]
+    vocab_size: int
+    max_model_len: int
+    layers: tuple[LayerShape, ...]
+    sites: tuple[SiteSpec, ...]
+    num_bytes: int
+    probe: ProbeReport
+
+
+def load_model(
+    path_or_id: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> LoadedModel:
+    """Load, probe and prepare a base model. Code that comes with a model is never run.
+
+    Args:
+        path_or_id: "demo", a folder, or the id of a model on the hub.
+        revision: Branch, tag or commit, for a hub id.
+        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is bf16 where the model's file
+            is and the processor multiplies it natively, else fp32.
+        device: "auto" or "cpu".
+        threads: Threads that torch computes with, in the whole process; None = those that
+            `default_threads` finds free.
+
+    Raises:
+        ConfigError: There is no such model, or no such device or dtype.
+        ModelRefused: The model needs code of its own, its files and its class do not match, or it
+            failed its probe.
+        MemoryPlanRefused: Its weights do not fit in what is free.
+    """
+    if device not in ("auto", "cpu"):
+        msg = f"device {device!r} is not supported; use 'cpu' or 'auto'"
+        raise ConfigError(msg)
+    torch.set_num_threads(default_threads() if threads is None else threads)
+    path = resolve_model(path_or_id)
+    config = _load_config(path, revision)
+    computed = resolve_dtype(config, dtype)
+    check_weights_fit(Path(path), computed, stored=_stored_dtype(config) or computed)
+    model = _load_weights(path, revision, config, computed)
+    return prepare_model(model, _tokenizer_folder(path, revision))
+
+
+def prepare_model(model: PreTrainedModel, folder: Path) -> LoadedModel:
+    """Probe a model and pack its linears.
+
+    Args:
+        model: With its weights, on the CPU.
+        folder: Where its tokenizer lies.
+
+    Raises:
+        ModelRefused: It failed its probe, or does not say how long its context is.
+    """
+    model.eval().requires_grad_(requires_grad=False)
+    report = probe(model)
+    max_model_len = _max_model_len(model.config, report.layers)
+    sites = tuple(find_sites(model))
+    pack_linears(model)
+    return LoadedModel(
+        model=model,
+        folder=folder,
+        dtype=model.dtype,
+        eos_ids=_eos_ids(model),
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_model_len=max_model_len,
+        layers=report.layers,
+        sites=sites,
+        num_bytes=_num_bytes(model),
+        probe=report,
+    )
+
+
+def resolve_model(name: str) -> str:
+    """Turn "demo" into the packaged folder; check a path; leave a hub id as it is.
+
+    Raises:
+        ConfigError: The folder is missing, or holds an adapter in place of a model.
+    """
+    folder = demo_data() / "base" if name == DEMO else Path(name)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        what = "an adapter" if (folder / "adapter_config.json").is_file() else "no config.json"
+        msg = f"{folder} holds {what}; give the folder of a base model"
+        raise ConfigError(msg)
+    if name == DEMO:
+        msg = f"the demo model is not at {folder}; make it with `python -m oneplusn.demo.build`"
+        raise ConfigError(msg)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        msg = f"there is no folder {name}; give an existing folder, a hub id or 'demo'"
+        raise ConfigError(msg)
+    return name
+
+
+def demo_data() -> Path:
+    """Return the packaged folder of the demo's model and adapters."""
+    return Path(next(iter(oneplusn.demo.__path__))) / "data"
+
+
+def default_threads() -> int:
+    """Count the cores that nobody computes on: two busy threads on two busy cores crawl."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores - round(os.getloadavg()[0]))
+
+
+def resolve_dtype(config: PreTrainedConfig, name: str = "auto") -> torch.dtype:
+    """Choose the dtype to compute in, as `load_model` describes.
+
+    Raises:
+        ConfigError: No such dtype.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            msg = f"dtype {name!r} is not supported; use one of auto, {', '.join(DTYPES)}"
+            raise ConfigError(msg)
+        return DTYPES[name]
+    features = torch.cpu.get_capabilities()
+    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    keep = native and _stored_dtype(config) == torch.bfloat16
+    return torch.bfloat16 if keep else torch.float32
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """Read what dtype the weights have in their files, if the configuration says."""
+    stored = config.dtype or config.get_text_config().dtype
+    return stored if isinstance(stored, torch.dtype) else None
+
+
+def _tokenizer_folder(path: str, revision: str | None) -> Path:
+    """Find the tokenizer's files; of a model on the hub, bring them into the local cache.
+
+    Raises:
+        ConfigError: There is no fast tokenizer.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        found = cached_file(path, "tokenizer.json", revision=revision)
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        msg = f"{path!r} has no tokenizer.json; choose a model with a fast tokenizer: {error}"
+        raise ConfigError(msg) from error
+    return Path(str(found)).parent
+
+
+def _load_config(path: str, revision: str | None) -> PreTrainedConfig:
+    """Read a model's configuration.
+
+    Raises:
+        ConfigError: There is none.
+        ModelRefused: It needs code of its own, or a class that transformers does not have.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False
+        )
+    except OSError as error:
+        msg = f"cannot load the model {path!r}: {error}"
+        raise ConfigError(msg) from error
+    except ValueError as error:
+        msg = f"{path!r} is no model that transformers knows; code from a model is never run"
+        raise ModelRefused(msg) from error
+    return config
+
+
+def _load_weights(
+    path: str, revision: str | None, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Read a model's weights, from safetensors alone, and insist that all of them fit.
+
+    Raises:
+        ConfigError: There are no weights.
+        ModelRefused: No causal language model has this configuration, or weights are missing,
+            left over or of another shape.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision or "main",
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that the refusal can name them
+            output_loading_info=True,
+        )
+    except OSError as error:
+        msg = f"cannot load the weights of {path!r} (safetensors only): {error}"
+        raise ConfigError(msg) from error
+    except (ValueError, RuntimeError) as error:
+        msg = f"{path!r} is refused: {error}"
+        raise ModelRefused(msg) from error
+    model: PreTrainedModel
+    model, info = loaded
+    _check_loading(path, info)
+    return model
+
+
+def _check_loading(path: str, info: dict[str, Any]) -> None:
+    """Refuse a model of which transformers had to invent or ignore weights.
+
+    Raises:
+        ModelRefused: With the names.
+    """
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = sorted(map(str, info.get(kind) or ()))
+        if names:
+            shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+            msg = f"{path!r} is refused: {len(names)} {kind.replace('_', ' ')}: {shown}"
+            raise ModelRefused(msg)
+
+
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Read the end tokens from the generation config, one or several."""
+    generation = model.generation_config
+    ids = None if generation is None else generation.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _num_bytes(model: PreTrainedModel) -> int:
+    """Count the bytes of all weights, those in a layout of their own included."""
+    plain = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return plain + sum(module.num_bytes for module in packed)
+
+
+def _max_model_len(config: PreTrainedConfig, layers: tuple[LayerShape, ...]) -> int:
+    """Find the longest sequence for which the probe's verdict holds.
+
+    A window or an attention chunk that the layers do not tell the hook about lives in a mask that
+    we never build; up to its length it makes no difference.
+
+    Raises:
+        ModelRefused: The configuration does not say.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    if not isinstance(length, int):
+        msg = f"{type(config).__name__} has no max_position_embeddings, so its context is unknown"
+        raise ModelRefused(msg)
+    told = {layer.window for layer in layers}
+    window = getattr(text, "sliding_window", None)
+    if isinstance(window, int) and window not in told and _uses_window(text):
+        length = min(length, window)
+    chunk = getattr(text, "attention_chunk_size", None)
+    return min(length, chunk) if isinstance(chunk, int) else length
+
+
+def _uses_window(text: PreTrainedConfig) -> bool:
+    """Tell whether a configured window applies to any layer."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return bool(getattr(text, "use_sliding_window", True))

@@ -1,0 +1,137 @@
+"""Turn every failure into OpenAI's error object: `{"error": {message, type, param, code}}`.
+
+All four keys are always there. Our own exceptions carry their answer (`oneplusn/errors.py`);
+what the framework raises is mapped by status. No answer holds a traceback, a path or an address.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from oneplusn.errors import OneplusnError
+
+RETRY_AFTER_SECONDS = "1"
+_BY_STATUS = {
+    400: ("invalid_request_error", "invalid_value"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    413: ("invalid_request_error", "payload_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+}
+_NAME_OR_INDEX = re.compile(r"\w+\Z", re.ASCII)
+_TYPE_NAMES = frozenset({"str", "int", "float", "bool", "dict", "list", "none", "nullable"})
+
+
+def error_body(
+    message: str, *, kind: str, code: str, param: str | None = None
+) -> dict[str, dict[str, str | None]]:
+    """Build OpenAI's error object; `kind` is its `type`."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: OneplusnError) -> dict[str, dict[str, str | None]]:
+    """Build the error object of one of our own exceptions."""
+    return error_body(error.message, kind=error.type, code=error.code, param=error.param)
+
+
+def internal_error() -> JSONResponse:
+    """Answer for a fault of ours. Says nothing about it: the log does, under the request id."""
+    body = error_body(
+        "The server failed to answer; its log has the reason under this request id.",
+        kind="server_error",
+        code="internal_error",
+    )
+    return JSONResponse(body, 500, headers={"x-should-retry": "false"})
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Register the handlers on `app`."""
+    app.add_exception_handler(OneplusnError, _on_oneplusn_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+
+
+async def _on_oneplusn_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OneplusnError)
+    request.scope["state"]["record"].code = error.code
+    return JSONResponse(body_of(error), error.status_code, headers=_retry_headers(error))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    problem = _most_specific(problems)
+    param = _param(problem["loc"])
+    code = "missing_field" if problem["type"] == "missing" else "invalid_value"
+    request.scope["state"]["record"].code = code
+    body = error_body(
+        _describe(problem, problems), kind="invalid_request_error", code=code, param=param or None
+    )
+    return JSONResponse(body, 400)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind, code = _BY_STATUS.get(error.status_code, ("invalid_request_error", "http_error"))
+    request.scope["state"]["record"].code = code
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        path = request.url.path[:100]
+        message = f"{request.method} {path}: {message}; see /docs for the routes"
+    headers = dict(error.headers or {})
+    if error.status_code == 413:
+        headers["connection"] = "close"
+    return JSONResponse(
+        error_body(message, kind=kind, code=code), error.status_code, headers=headers
+    )
+
+
+def _retry_headers(error: OneplusnError) -> dict[str, str]:
+    """Tell clients whether to try again; theirs retry 409 and every 5xx unless told not to."""
+    if error.retryable:
+        return {"retry-after": RETRY_AFTER_SECONDS}
+    if error.status_code == 409 or error.status_code >= 500:
+        return {"x-should-retry": "false"}
+    return {}
+
+
+def _param(location: Sequence[Any]) -> str:
+    """Name the field of a validation error, as `parameters.top_p` or `stop.3`.
+
+    Branches of a union are part of the location that pydantic reports; they are left out.
+    """
+    parts = [str(part) for part in location[1:]]
+    return ".".join(
+        part for part in parts if part not in _TYPE_NAMES and _NAME_OR_INDEX.match(part)
+    )
+
+
+def _most_specific(problems: Sequence[Any]) -> Any:  # noqa: ANN401  (pydantic's own)
+    """Pick the problem to tell of: the deepest one of the first field that is wrong.
+
+    A union reports every branch that did not fit; the one that fits best is wrong deepest inside.
+    """
+    field = problems[0]["loc"][:2]
+    of_field = [problem for problem in problems if problem["loc"][:2] == field]
+    return max(of_field, key=lambda problem: len(problem["loc"]))
+
+
+def _describe(problem: Any, problems: Sequence[Any]) -> str:  # noqa: ANN401  (pydantic's own)
+    """Say which field is wrong, what it holds, and what it should be."""
+    param = _param(problem["loc"]) or "the body"
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{param} is missing"
+    given = repr(problem["input"])
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    field = problem["loc"][:2]
+    more = {_param(other["loc"]) for other in problems if other["loc"][:2] != field}
+    also = f" (also wrong: {', '.join(sorted(more))})" if more else ""
+    return f"{param} is {given}: {reason}{also}"

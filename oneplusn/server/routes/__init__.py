@@ -1,0 +1,1 @@
+"""The routes, one file per resource: parse, ask the server's parts, map the result."""

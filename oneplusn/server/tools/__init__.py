@@ -1,0 +1,1 @@
+"""Tools to look into the engine; nothing that serves imports them."""

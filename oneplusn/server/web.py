@@ -1,0 +1,258 @@
+"""What the routes share: strict JSON in, event streams out, an ear for clients that go away.
+
+Around them all, `RequestContext` gives every answer its id, its line of log and its counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from oneplusn.errors import OneplusnError, RequestCancelled
+from oneplusn.server.errors import body_of, internal_error
+from oneplusn.server.logs import RequestRecord, log_request, milliseconds_since
+from oneplusn.server.metrics import Metrics
+
+T = TypeVar("T")
+
+_REQUEST_ID = re.compile(r"[\w.\-]{1,128}\Z", re.ASCII)
+_log = logging.getLogger("oneplusn.server")
+
+
+class JsonRequest(Request):
+    """A request whose body is counted while it arrives, and is JSON by the letter.
+
+    NaN, Infinity, numbers beyond a double, lone surrogates and endless nesting are refused here,
+    so that no library behind ever sees them.
+    """
+
+    async def body(self) -> bytes:
+        """Read the body.
+
+        Raises:
+            HTTPException: 413 as soon as the limit is passed, 415 for another media type.
+        """
+        if not hasattr(self, "_body"):
+            media_type = self.headers.get("content-type", "none").partition(";")[0].strip().lower()
+            if media_type != "application/json":
+                detail = f"content-type is {media_type[:60]!r}; send application/json"
+                raise HTTPException(415, detail)
+            limit = self.app.state.server.settings.max_body
+            declared = self.headers.get("content-length", "")
+            if declared.isdecimal() and int(declared) > limit:
+                raise _too_large(limit)
+            chunks, size = [], 0
+            async for chunk in self.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise _too_large(limit)
+                chunks.append(chunk)
+            self._body = b"".join(chunks)
+        return self._body
+
+    async def json(self) -> Any:  # noqa: ANN401  (any JSON value)
+        """Parse the body.
+
+        Raises:
+            HTTPException: 400 with the reason.
+        """
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+            raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body through `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the handler that the framework makes."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return strict
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, one JSON object each.
+
+    A failure on the way becomes a last event with OpenAI's error object; then the stream ends
+    without `done`. When the client goes away, the source is closed at once.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        first: dict[str, Any],
+        source: AsyncGenerator[dict[str, Any], None],
+        *,
+        done: bool,
+        headers: dict[str, str],
+    ) -> None:
+        """Take the first event and the source of the others; `done` adds OpenAI's `[DONE]`."""
+        self._first = first
+        self._source = source
+        self._done = done
+        self._complete = False
+        still = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._events(), headers={**still, **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and note whether the client stayed to the end."""
+        record: RequestRecord = scope["state"]["record"]
+        record.disconnect = True
+        await super().__call__(scope, receive, send)
+        record.disconnect = not self._complete
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the events, and close the source however that ends."""
+        async with aclosing(self._source):
+            await super().stream_response(send)
+        self._complete = True
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        yield _event(self._first)
+        try:
+            async for event in self._source:
+                yield _event(event)
+        except OneplusnError as error:
+            yield _event(body_of(error))
+        else:
+            if self._done:
+                yield b"data: [DONE]\n\n"
+
+
+async def stream_events(
+    request: Request,
+    source: AsyncGenerator[dict[str, Any], None],
+    *,
+    done: bool,
+    headers: Callable[[], dict[str, str]],
+) -> EventStream:
+    """Answer with events once there is a first one; a failure before it gets its own status.
+
+    Args:
+        request: Its body has been read.
+        source: The events.
+        done: End with OpenAI's `[DONE]`.
+        headers: Asked once there is a first event.
+
+    Raises:
+        OneplusnError: The source failed before its first event.
+    """
+    first = await until_disconnect(request, _first(source))
+    return EventStream(first, source, done=done, headers=headers())
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for `work`, but cancel it when the client goes away.
+
+    Raises:
+        RequestCancelled: It went away; nobody reads the answer.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            record_of(request).disconnect = True
+            raise RequestCancelled("the client closed the connection")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def record_of(request: Request) -> RequestRecord:
+    """Return what the log will say about a request."""
+    record: RequestRecord = request.scope["state"]["record"]
+    return record
+
+
+class RequestContext:
+    """Outermost middleware: request id, log line, request metrics, and the last resort for faults.
+
+    The client's `x-request-id` is kept if it is harmless, else a new one is made; the answer
+    carries it.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        record = RequestRecord(request_id, scope["method"])
+        scope.setdefault("state", {})["record"] = record
+        start = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            record.disconnect = True
+        except Exception:
+            # The last resort: the client gets an answer in OpenAI's shape, the log the reason.
+            _log.exception("request %s failed", request_id)
+            record.code = "internal_error"
+            if record.status is None:
+                await internal_error()(scope, receive, send_with_id)
+        finally:
+            record.e2e_ms = milliseconds_since(start)
+            self._finish(scope, record)
+
+    def _finish(self, scope: Scope, record: RequestRecord) -> None:
+        route = scope.get("route")
+        record.route = getattr(route, "path", record.route)
+        status = str(record.status or "none")
+        self._metrics.count("requests", route=record.route, status=status)
+        if record.disconnect:
+            self._metrics.count("client_disconnects")
+        log_request(record)
+
+
+async def _first(source: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    return await anext(source)
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has gone; the body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body has more than {limit} bytes, the limit; send less at once")
+
+
+def _event(content: object) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"

@@ -1,0 +1,70 @@
+"""Who computes an op: one choice per device type, which the environment can force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from oneplusn.errors import ConfigError
+from oneplusn.kernels import cpu, ops, reference
+from oneplusn.kernels.plan import build_plan
+from site_builder import Cluster, build_world
+from tolerances import assert_delta_close
+
+
+@pytest.fixture(autouse=True)
+def _forget_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("ONEPLUSN_KERNELS", raising=False)
+    ops.backend.cache_clear()
+    yield
+    ops.backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "expected"),
+    [
+        (None, "cpu", cpu.gated_delta),
+        ("", "cpu", cpu.gated_delta),
+        ("cpu", "cpu", cpu.gated_delta),
+        ("reference", "cpu", reference.gated_delta),
+        (None, "meta", reference.gated_delta),
+    ],
+)
+def test_backend_of(
+    forced: str | None, device: str, expected: ops.GatedDelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if forced is not None:
+        monkeypatch.setenv("ONEPLUSN_KERNELS", forced)
+    assert ops.backend(device) is expected
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "choices"),
+    [("cuda", "cpu", "cpu, reference"), ("cpu", "meta", "reference")],
+)
+def test_an_unknown_backend_is_refused_with_the_choices(
+    forced: str, device: str, choices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEPLUSN_KERNELS", forced)
+    with pytest.raises(ConfigError, match=f"'{forced}' is no backend .* one of {choices},"):
+        ops.backend(device)
+
+
+def test_the_first_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ops.backend("cpu")
+    monkeypatch.setenv("ONEPLUSN_KERNELS", "reference")
+    assert ops.backend("cpu") is first
+
+
+@pytest.mark.parametrize("forced", ["cpu", "reference"])
+def test_the_op_computes_with_the_backend(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEPLUSN_KERNELS", forced)
+    world = build_world([Cluster((4,), ((3,),))])
+    x, y = torch.randn(2, world.site.spec.in_features), torch.zeros(2, 16)
+
+    ops.gated_delta([y], x, world.site, build_plan([0, 1], world.slots))
+
+    assert_delta_close(y, world.delta([0, 1], x), torch.float32)
+    assert not y[0].any()
