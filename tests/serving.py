@@ -11,7 +11,6 @@ from pathlib import Path
 
 import uvicorn
 
-from oneplusn.adapters.refs import TaskRef
 from oneplusn.demo.tokenizer import END_ID, build_tokenizer
 from oneplusn.errors import AdapterError, AdapterNotFound, InvalidRequest, PoolExhausted
 from oneplusn.server.app import create_app
@@ -188,7 +187,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.002)
-
-
-def refs_of(submit: Submit) -> list[tuple[str, float]]:
-    return [(ref.task, ref.weight) for ref in submit.refs if isinstance(ref, TaskRef)]

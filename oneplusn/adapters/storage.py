@@ -16,6 +16,7 @@ from torch import Tensor
 from oneplusn.adapters.image import PageImage, page_bytes
 from oneplusn.adapters.space import Holding, Need, Place, Space, Span
 from oneplusn.errors import MemoryPlanRefused
+from oneplusn.kernels.buffers import zeros
 from oneplusn.kernels.cpu import SlabCache
 from oneplusn.kernels.plan import MAX_RUNS, PAGE, Site, SiteSpec, SiteTable, num_pages
 
@@ -101,8 +102,8 @@ class Storage:
             a_shape = (pages, spec.num_slices, PAGE, spec.in_features)
             self.sites[spec.name] = Site(
                 spec=spec,
-                a=torch.zeros(a_shape, dtype=dtype, device=device),
-                b=torch.zeros(pages, PAGE, spec.out_features, dtype=dtype, device=device),
+                a=zeros(a_shape, dtype, device),
+                b=zeros((pages, PAGE, spec.out_features), dtype, device),
                 table=SiteTable(runs=runs, slots=slots, gates=gates, device=device),
                 slabs=slabs,
             )

@@ -32,8 +32,9 @@ from oneplusn.demo.pretrain import Settings, pretrain
 from oneplusn.demo.tasks import CLUSTERS, TASKS, draw_input, examples
 from oneplusn.server.engine.llm import Engine
 
+STAGES = ("base", "adapters", "table")
 MAX_ANSWER_TOKENS = 48
-EVALUATION_SEED = 1
+EVALUATION_SEED = 7
 
 
 def tasks_of(cluster: str) -> tuple[str, ...]:
@@ -52,19 +53,20 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "text": Recipe(
-        CgcLora(tasks_of("text"), num_common=4, num_own=1, rank=4, own_rank=8),
-        TrainSettings(steps=700, batch_size=32),
+        CgcLora(tasks_of("text"), num_common=4, num_own=1, rank=4, own_rank=1),
+        TrainSettings(steps=900, batch_size=32),
     ),
     "numbers": Recipe(
         CPoly(
             tasks_of("numbers"),
-            num_common=3,
+            num_common=4,
             num_own=1,
-            rank=4,
-            own_rank=8,
+            rank=8,
+            own_rank=2,
             borrows={"largest": ("sort_numbers",)},
         ),
-        TrainSettings(steps=1000, batch_size=32),
+        TrainSettings(steps=1500, batch_size=32),
+        num_examples=12000,
     ),
     "records": Recipe(LoraPerTask(tasks_of("records"), rank=8), TrainSettings(steps=500)),
 }
@@ -92,9 +94,11 @@ def train(base: Path, cluster: str, seed: int) -> Bundle:
         max_tokens=model.config.max_position_embeddings,
     )
     settings = replace(recipe.settings, seed=seed)
-    return train_cluster(
+    bundle = train_cluster(
         model, recipe.method, dataset, settings, pad_token_id=tokenizer.pad_token_id
     )
+    told = {f"description.{task}": TASKS[task].description for task in bundle.tasks}
+    return replace(bundle, metadata={"description": CLUSTERS[cluster].description, **told})
 
 
 def without(bundle: Bundle, kind: str) -> Bundle:
@@ -193,13 +197,15 @@ def table(rows: Iterable[Measured], n: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(out_dir: Path, *, seed: int, n: int, stages: Iterable[str]) -> None:
+def build(
+    out_dir: Path, *, seed: int, n: int, stages: Iterable[str], clusters: Iterable[str]
+) -> None:
     """Run the stages named, in order, into one folder."""
     started = time.perf_counter()
     if "base" in stages:
         pretrain(out_dir / "base", Settings(seed=seed))
     if "adapters" in stages:
-        for cluster in tqdm(RECIPES, desc="clusters", unit="cluster"):
+        for cluster in tqdm(clusters, desc="clusters", unit="cluster"):
             bundle = train(out_dir / "base", cluster, seed)
             shutil.rmtree(out_dir / "adapters" / cluster, ignore_errors=True)
             write_bundle(bundle, out_dir / "adapters" / cluster)
@@ -222,11 +228,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the processor")
     parser.add_argument("--examples", type=int, default=512, help="held-out inputs a task")
     parser.add_argument(
-        "--stages", nargs="+", default=("base", "adapters", "table"), help="what to make again"
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="what to make again"
+    )
+    parser.add_argument(
+        "--clusters", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), help="to train"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    build(args.out, seed=args.seed, n=args.examples, stages=args.stages)
+    build(args.out, seed=args.seed, n=args.examples, stages=args.stages, clusters=args.clusters)
 
 
 if __name__ == "__main__":

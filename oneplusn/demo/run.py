@@ -19,11 +19,11 @@ import httpx
 from tqdm import tqdm
 
 from oneplusn.demo.tasks import TASKS, examples
-from oneplusn.errors import EngineStopped
+from oneplusn.errors import EngineStopped, ServingError
 
 START_TIMEOUT_S = 120.0
-CONCURRENCY = 32
-SEED = 1
+CONCURRENCY = 64
+SEED = 7
 HISTOGRAM = "oneplusn_batch_distinct_tasks_bucket"
 
 
@@ -123,6 +123,18 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
     raise EngineStopped(message)
 
 
+def check(answer: httpx.Response) -> httpx.Response:
+    """Return the answer, or raise what the server said.
+
+    Raises:
+        ServingError: with the server's words.
+    """
+    if answer.is_success:
+        return answer
+    message = f"{answer.url.path} answered {answer.status_code}: {answer.text[:500]}"
+    raise ServingError(message)
+
+
 async def ask_all(address: str, asked: list[Question], *, quiet: bool) -> dict[str, Tally]:
     """Send every question, CONCURRENCY at a time; count the exact matches."""
     tallies = {task: Tally() for task in TASKS}
@@ -138,7 +150,7 @@ async def ask_all(address: str, asked: list[Question], *, quiet: bool) -> dict[s
                 }
                 async with gate:
                     answer = await client.post("/generate", json=body)
-                answer.raise_for_status()
+                check(answer)
                 text = answer.json()["generated_text"]
                 tally = tallies[question.task]
                 if question.adapted:
@@ -170,12 +182,12 @@ def measure(n: int, *, threads: int | None = None, quiet: bool = False) -> Resul
     with server(threads) as address:
         methods = {
             entry["name"]: entry["method"]
-            for entry in httpx.get(f"{address}/v1/tasks").raise_for_status().json()["data"]
+            for entry in check(httpx.get(f"{address}/v1/tasks")).json()["data"]
         }
         started = time.perf_counter()
         tallies = asyncio.run(ask_all(address, asked, quiet=quiet))
         seconds = time.perf_counter() - started
-        most = most_tasks_in_a_step(httpx.get(f"{address}/metrics").raise_for_status().text)
+        most = most_tasks_in_a_step(check(httpx.get(f"{address}/metrics")).text)
     rows = [
         Row(
             task=name,

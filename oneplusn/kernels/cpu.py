@@ -10,17 +10,16 @@ once for all its rows, what a task owns once for its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.functional import linear
 
-from oneplusn.kernels.cpu_step import Part, Span, Step
-from oneplusn.kernels.plan import ABSENT, PAGE, IntArray, Plan, RunKey, Site, SiteTable, num_pages
+from oneplusn.kernels.cpu_step import Layout, Part, Span, Step, within
+from oneplusn.kernels.plan import ABSENT, PAGE, IntArray, Plan, Site, SiteTable, num_pages
 
 CALL_MACS = 2**24
 """Multiply-adds of a masked product that cost as much as the calls for one more run."""
@@ -37,10 +36,9 @@ class Slab:
     """The rank rows of several runs at one site, packed without padding.
 
     Attributes:
-        columns: Where the rank rows of each run begin.
+        layout: Where the rank rows of each run begin.
         a: `[S * R, K]`, slice by slice; reordered or not.
         b: Per slice `[R, N_s]`; reordered it stands for its transpose.
-        num_rows: Rank rows R.
         gates: fp32 `[rows, S * R]`, for the rows of `composition`.
         composition: What `gates` were made for.
         uses: How often it was used.
@@ -48,10 +46,9 @@ class Slab:
         num_bytes: Bytes that the cache counts for it.
     """
 
-    columns: Mapping[RunKey, int]
+    layout: Layout
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
-    num_rows: int
     reordered: bool = False
     gates: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     composition: object = None
@@ -118,12 +115,12 @@ class SlabCache:
             return None
         if (
             slab is None
-            or slab.num_rows > MAX_WASTE * active
-            or not slab.columns.keys() >= set(step.few_keys)
+            or slab.layout.num_rows > MAX_WASTE * active
+            or not step.is_served_by(slab.layout)
         ):
             slab = _pack(site, step, lengths)
             self.builds += 1
-        slab.gates = _gate_matrix(site, step, lengths, slab)
+        slab.gates = _gate_matrix(site, step, lengths, slab.layout)
         slab.composition = step.composition
         slab.step = step.number
         self._keep(site.spec.name, slab)
@@ -150,47 +147,33 @@ def _pack(site: Site, step: Step, lengths: IntArray) -> Slab:
     """Copy the true rank rows of the active runs from their pages."""
     spec = site.spec
     first = site.table.run_first.numpy()[step.few_runs]
-    within = _within(lengths)
-    pages = np.repeat(first, lengths) + within // PAGE
-    lanes = within % PAGE
+    rows = within(lengths)
+    pages, lanes = np.repeat(first, lengths) + rows // PAGE, rows % PAGE
     slices = np.arange(spec.num_slices)[:, None]
     a_rows = torch.from_numpy(((pages * spec.num_slices + slices) * PAGE + lanes).ravel())
-    b = site.b.view(-1, spec.out_features).index_select(0, torch.from_numpy(pages * PAGE + lanes))
-    starts = (np.cumsum(lengths) - lengths).tolist()
+    b_rows = torch.from_numpy(pages * PAGE + lanes)
     return Slab(
-        columns=dict(zip(step.few_keys, starts, strict=True)),
+        layout=step.layout(lengths),
         a=site.a.view(-1, spec.in_features).index_select(0, a_rows),
-        b=b.split(spec.slices, dim=1),
-        num_rows=len(within),
+        b=site.b.view(-1, spec.out_features).index_select(0, b_rows).split(spec.slices, dim=1),
     )
 
 
-def _gate_matrix(site: Site, step: Step, lengths: IntArray, slab: Slab) -> torch.Tensor:
-    """Spread the gates of every (row, run) over the slab's rank rows; zero elsewhere."""
-    table, pairs = site.table, step.pairs
-    columns = np.array([slab.columns[key] for key in step.few_keys], dtype=np.int64)
-    counts = lengths[pairs.runs]
-    within = _within(counts)
-    source = np.repeat(table.gate_first.numpy()[pairs.slots, pairs.ks], counts) + within
-    target = np.repeat(pairs.rows * slab.num_rows + columns[pairs.runs], counts) + within
-    gates = np.zeros(len(step.rows) * slab.num_rows, dtype=np.float32)
-    gates[target] = table.gates.numpy()[source]
-    return torch.from_numpy(
-        np.tile(gates.reshape(len(step.rows), slab.num_rows), site.spec.num_slices)
-    )
-
-
-def _within(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return 0 .. count - 1 for each count, one after another."""
-    starts = np.cumsum(counts, dtype=np.int64) - counts
-    within: NDArray[np.int64] = np.arange(counts.sum(), dtype=np.int64) - np.repeat(starts, counts)
-    return within
+def _gate_matrix(site: Site, step: Step, lengths: IntArray, layout: Layout) -> torch.Tensor:
+    """Spread the gates of the few rows over a slab's rank rows, for each slice; zero elsewhere."""
+    offsets = site.table.gate_first.numpy()[step.pairs.slots, step.pairs.ks]
+    source, target = step.gate_map(layout, lengths, offsets)
+    num_rows, num_slices = len(step.rows), site.spec.num_slices
+    gates = np.zeros(num_rows * layout.num_rows, dtype=np.float32)
+    gates[target] = site.table.gates.numpy()[source]
+    sliced = torch.from_numpy(gates).view(num_rows, 1, -1).expand(-1, num_slices, -1)
+    return sliced.reshape(num_rows, -1)
 
 
 def _can_reorder(slab: Slab, step: Step) -> bool:
     return (
         step.reorders > 0
-        and slab.num_rows > 0
+        and slab.layout.num_rows > 0
         and slab.a.dtype == torch.bfloat16
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -243,7 +226,7 @@ def gated_delta(
         slab = site.slabs.slab(site, step)
         if slab is None:
             spans = step.spans_of_all
-        elif slab.num_rows:
+        elif slab.layout.num_rows:
             _add_masked(ys, x, slab, step)
     for span in spans:
         _add_run(ys, x, site, span)

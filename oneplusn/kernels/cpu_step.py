@@ -1,8 +1,13 @@
-"""What a plan means on CPU: which rows share a masked product, and which go run by run."""
+"""What a plan means on CPU: which rows share a masked product, and which go run by run.
+
+All of it depends on the plan and on how long runs are, not on what they hold. Sites mostly agree on
+that, so what is worked out for the first serves the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -10,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oneplusn.kernels.plan import ABSENT, IntArray, Plan, Segment
+from oneplusn.kernels.plan import ABSENT, IntArray, Plan, RunKey, Segment
 
 TASK_ROWS = 64
 """Rows from which a task takes its experts from their pages, run by run."""
@@ -43,6 +48,21 @@ class Pairs(NamedTuple):
     ks: NDArray[np.intp]
 
 
+class GateMap(NamedTuple):
+    """For every gate of the few rows its place in a table, and in a flat `[rows, R]`."""
+
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where the rank rows of each run begin in a slab, and how many there are."""
+
+    columns: Mapping[RunKey, int]
+    num_rows: int
+
+
 class Step:
     """What a plan means for this backend; the same for all sites, each part made when needed.
 
@@ -64,8 +84,9 @@ class Step:
         self.few = [s for s in plan.segments if s.stop - s.start < TASK_ROWS]
         self.many = [s for s in plan.segments if s.stop - s.start >= TASK_ROWS]
         used = {use.run for segment in self.few for use in plan.uses(segment.start)}
-        self.few_runs = [run for run in plan.run_keys if run in used]
-        self.few_keys = [plan.run_keys[run] for run in self.few_runs]
+        few_runs = [run for run in plan.run_keys if run in used]
+        self.few_runs = np.array(few_runs, dtype=np.intp)
+        self.few_keys = [plan.run_keys[run] for run in few_runs]
         self.rows = np.sort(_concatenate([plan.rows[s.start : s.stop] for s in self.few]))
         everything = len(self.rows) == plan.num_rows
         self.index = None if everything else torch.from_numpy(self.rows)
@@ -73,18 +94,47 @@ class Step:
         same = before is not None and before.composition == composition
         self.composition: object = before.composition if before and same else composition
         self.reorders = REORDERS_PER_STEP
+        self._layouts: dict[bytes, Layout] = {}
+        self._gate_maps: dict[tuple[Layout, bytes, bytes], GateMap] = {}
+        self._served: dict[Layout, bool] = {}
 
     @cached_property
     def pairs(self) -> Pairs:
         """The (row, run) pairs of `few`; rows count within `rows`, runs within `few_runs`."""
-        place = {run: index for index, run in enumerate(self.few_runs)}
-        parts = []
+        place = {run: index for index, run in enumerate(self.few_runs.tolist())}
+        pairs = []
         for segment in self.few:
             rows = np.searchsorted(self.rows, self.plan.rows[segment.start : segment.stop])
             for run, k in self.plan.uses(segment.start):
-                parts.append([(row, place[run], segment.slot, k) for row in rows.tolist()])
-        columns = np.array([pair for part in parts for pair in part], dtype=np.intp).reshape(-1, 4)
-        return Pairs(*columns.T)
+                pairs += [(row, place[run], segment.slot, k) for row in rows.tolist()]
+        return Pairs(*np.array(pairs, dtype=np.intp).reshape(-1, 4).T)
+
+    def layout(self, lengths: IntArray) -> Layout:
+        """Return the layout of a slab with exactly `few_runs`, of these rank rows each."""
+        key = lengths.tobytes()
+        if key not in self._layouts:
+            starts = (np.cumsum(lengths) - lengths).tolist()
+            columns = dict(zip(self.few_keys, starts, strict=True))
+            self._layouts[key] = Layout(columns, int(lengths.sum()))
+        return self._layouts[key]
+
+    def is_served_by(self, layout: Layout) -> bool:
+        """Tell whether a slab of this layout holds every run of `few`."""
+        if layout not in self._served:
+            self._served[layout] = all(key in layout.columns for key in self.few_keys)
+        return self._served[layout]
+
+    def gate_map(self, layout: Layout, lengths: IntArray, offsets: IntArray) -> GateMap:
+        """Map gates to a slab: given rank rows per run, and per pair where its gates begin."""
+        key = (layout, lengths.tobytes(), offsets.tobytes())
+        if key not in self._gate_maps:
+            columns = np.array([layout.columns[key] for key in self.few_keys], dtype=np.int64)
+            starts = self.pairs.rows * layout.num_rows + columns[self.pairs.runs]
+            counts = lengths[self.pairs.runs]
+            steps = within(counts)
+            source, target = (np.repeat(first, counts) + steps for first in (offsets, starts))
+            self._gate_maps[key] = GateMap(source, target)
+        return self._gate_maps[key]
 
     @cached_property
     def spans_of_many(self) -> list[Span]:
@@ -128,3 +178,10 @@ def _batch_rows(rows: IntArray) -> slice | torch.Tensor:
 
 def _concatenate(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+
+def within(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return 0 .. count - 1 for each count, one after another."""
+    starts = np.cumsum(counts, dtype=np.int64) - counts
+    steps: NDArray[np.int64] = np.arange(counts.sum(), dtype=np.int64) - np.repeat(starts, counts)
+    return steps

@@ -37,8 +37,8 @@ BUILD_LIMIT_S = 300.0
 PROFILE_LIMIT_S = 300.0
 PEER_LIMIT_S = 1800.0
 STEP_METRIC = "oneplusn_engine_step_seconds"
-PAGING = 3
-"""Adapters in memory over their size on disk: ranks fill up to whole pages."""
+PAGING = 4
+"""Adapter memory over the size on disk: ranks fill whole pages, and what is active has a copy."""
 TABLES = 64 << 20
 """Bytes of adapter memory beside the pages."""
 

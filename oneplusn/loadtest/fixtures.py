@@ -182,19 +182,24 @@ def _write_lora(folder: Path, shape: Shape, rank: int, generator: Generator) -> 
 
 
 def _write_cluster(folder: Path, shape: Shape, tasks: list[str], generator: Generator) -> None:
-    """Write a CGC-LoRA cluster: common experts, one own expert a task, softmax gates."""
+    """Write a CGC-LoRA cluster: common experts, one own expert a task, a softmax gate a layer."""
     import torch
 
     names = [f"common-{i}" for i in range(COMMON_EXPERTS)] + [f"own-{task}" for task in tasks]
     allowed = torch.ones(len(tasks), len(names), dtype=torch.bool)
     allowed[:, COMMON_EXPERTS:] = torch.eye(len(tasks), dtype=torch.bool)
+    gates = [
+        torch.randn(allowed.shape, generator=generator)
+        .masked_fill(~allowed, -torch.inf)
+        .softmax(-1)
+        for _ in range(shape.layers)
+    ]
     tensors = dict[str, "Tensor"]()
     for path, inputs, outputs in shape.modules():
         a, b = _factors(inputs, outputs, EXPERT_RANK * len(names), generator)
-        logits = torch.randn(allowed.shape, generator=generator)
         tensors[f"{path}.A"] = a
         tensors[f"{path}.B"] = b
-        tensors[f"{path}.gate"] = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+        tensors[f"{path}.gate"] = gates[int(path.split(".")[2])].clone()
         tensors[f"{path}.scale"] = torch.full((len(names),), float(COMMON_EXPERTS + 1))
     owners = [None] * COMMON_EXPERTS + tasks
     experts = [

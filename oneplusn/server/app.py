@@ -58,9 +58,10 @@ def create_app(
         try:
             await server.start()
         except Exception as error:
-            # Nobody awaits this task; whoever runs the application decides what a failure means.
-            if on_failure is not None:
-                on_failure(error)
+            # Whoever runs the application decides what it means; otherwise it shows at the end.
+            if on_failure is None:
+                raise
+            on_failure(error)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

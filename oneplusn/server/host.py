@@ -24,6 +24,15 @@ def physical_cores(root: Path = _ROOT, cpus: frozenset[int] | None = None) -> in
     return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
 
 
+def free_cores() -> int:
+    """Count the physical cores that nobody computes on now, at least 1.
+
+    Threads of one matrix product wait for each other, so two busy threads on two busy cores take
+    many times as long as one. Who is busy is told by the load average of the last minute.
+    """
+    return max(1, physical_cores() - round(os.getloadavg()[0]))
+
+
 def available_memory(root: Path = _ROOT) -> int:
     """Return the bytes that can be allocated without swapping, within the container's limit."""
     free = [_meminfo(root, "MemAvailable")]

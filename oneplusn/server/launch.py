@@ -42,7 +42,8 @@ def engine_factory(settings: Settings) -> EngineFactory:
             token_budget=settings.token_budget,
         )
         engine = Engine(model, config)
-        _log.info("memory:\n%s", engine.memory)
+        for line in str(engine.memory).splitlines():
+            _log.info("memory: %s", line)
         info = ModelInfo(Path(model.folder), engine.scheduler.max_model_len)
         return _KeepingCore(engine), info
 

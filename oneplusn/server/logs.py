@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from oneplusn.server.settings import Settings
 
 _PLAIN = re.compile(r"[\w.:/@+\-]+\Z", re.ASCII)
+# Asked every few seconds by machines; their lines would drown the others.
+_PROBES = ("/health", "/metrics")
 _access = logging.getLogger("oneplusn.access")
 
 
@@ -45,7 +47,8 @@ def log_request(record: RequestRecord) -> None:
     """Write the line of one request; fields that do not apply are left out."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     known = {k: value for k, value in values.items() if value is not None and value is not False}
-    _access.info("request", extra={"fields": known})
+    level = logging.DEBUG if record.route.startswith(_PROBES) else logging.INFO
+    _access.log(level, "request", extra={"fields": known})
 
 
 def configure_logging(settings: Settings) -> None:
@@ -53,9 +56,9 @@ def configure_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else _TextFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    # Its lines repeat ours, without the request id.
-    logging.getLogger("uvicorn.access").disabled = True
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # What these say at lower levels, our own lines say with more in them.
+    for name in ("uvicorn", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class _TextFormatter(logging.Formatter):

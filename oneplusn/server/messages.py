@@ -78,16 +78,6 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         for bias in self.logit_bias.values():
             _check("logit_bias", bias, -100 <= bias <= 100, "between -100 and 100")
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse tokens that the model does not have.
-
-        Raises:
-            InvalidRequest: `logit_bias` or `stop_token_ids` names one.
-        """
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(self, name):
-                _check(name, token, 0 <= token < vocab_size, f"a token id below {vocab_size}")
-
 
 def _check(param: str, value: float, in_range: bool, limit: str) -> None:
     """Refuse `value` unless it is in range.

@@ -25,7 +25,7 @@ from pydantic_settings import (
 )
 
 from oneplusn.errors import ConfigError
-from oneplusn.server.host import physical_cores
+from oneplusn.server.host import free_cores
 
 ENV_PREFIX = "ONEPLUSN_"
 REFUSED = {
@@ -69,10 +69,10 @@ class Settings(BaseSettings):
         ),
     )
     threads: int = Field(
-        default_factory=physical_cores,
+        default_factory=free_cores,
         ge=1,
         le=1024,
-        description="Threads of the arithmetic; the physical cores available by default.",
+        description="Threads of the arithmetic; by default the cores that are free at the start.",
     )
     kv_memory: ByteSize | None = Field(
         None,

@@ -105,7 +105,7 @@ class Server:
         for task, _ in registry.tasks():
             self.metrics.task_label(task)
         self._started = True
-        _log.info("serving %s with %d tasks", name, len(registry.tasks()))
+        _log.info("ready: %s with %d tasks", name, len(registry.tasks()))
 
     async def publish(self, bundle: Bundle, name: str) -> tuple[Version, bool]:
         """Make an adapter resident, keep it, and activate it; say whether it is new.

@@ -41,7 +41,7 @@ class Tokenizer:
         """Load `tokenizer.json` with its configuration and chat template.
 
         Raises:
-            ConfigError: The folder has no `tokenizer.json`.
+            ConfigError: The folder has no `tokenizer.json`, or its ids leave none for GUARD.
         """
         if not (Path(folder) / "tokenizer.json").is_file():
             msg = f"{folder} has no tokenizer.json; save the model's fast tokenizer there"
@@ -56,8 +56,15 @@ class Tokenizer:
         self._spelled = _spelled(special)
         self._begun = {token[:end] for token in special for end in range(1, len(token))}
         self._longest = max(map(len, special), default=0)
+        ids = set(self.backend.get_vocab().values())
         self.backend.add_special_tokens([AddedToken(GUARD, special=True, normalized=False)])
-        self._guard_id = self.backend.token_to_id(GUARD)
+        self._guard_id: int = self.backend.token_to_id(GUARD)
+        if self._guard_id in ids:
+            msg = (
+                f"{folder}: {len(ids)} tokens have ids up to {max(ids)}, so the id after them is "
+                f"taken; renumber them without holes"
+            )
+            raise ConfigError(msg)
 
     @property
     def has_chat_template(self) -> bool:

@@ -258,6 +258,14 @@ def test_a_task_that_changes_nothing_is_refused() -> None:
         page_image(one_module("l.0.down", half, 2, t0_x=2, t1_x=2), SPECS, torch.float32)
 
 
+def test_live_rows_that_only_others_gate_do_not_count() -> None:
+    b = torch.ones(3, 4)
+    b[:, :2] = 0
+    delta = module(torch.ones(4, 5), b, (2, 2), [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    with pytest.raises(AdapterInvalid, match=r"1 of 3 tasks change nothing.*: t0;"):
+        page_image(one_module("l.0.down", delta, 3, c0=2, c1=2), SPECS, torch.float32)
+
+
 def test_a_in_one_slice_and_b_in_another_change_nothing() -> None:
     q = module(torch.ones(2, 3), torch.zeros(4, 2), (2,), [[1.0]])
     k = module(torch.zeros(2, 3), torch.ones(2, 2), (2,), [[1.0]])

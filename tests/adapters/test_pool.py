@@ -220,6 +220,16 @@ def test_idle_versions_leave_in_the_order_of_their_last_use_and_only_as_needed()
     assert loaded(pool) == digests(e, f, other)
 
 
+def test_a_version_is_in_use_until_it_is_released() -> None:
+    pool, a, b = pool_of(2), lora(1), lora(2)
+    load(pool, a, b)
+    slot = pool.acquire([ref(a)])
+    pool.release(pool.acquire([ref(b)]))
+    assert loaded(pool) == digests(a, b)
+    pool.release(slot)
+    assert loaded(pool) == digests(b, a)
+
+
 def test_referenced_and_pinned_versions_stay() -> None:
     pool = pool_of(3)
     a, b, c = (lora(seed) for seed in range(3))
@@ -539,6 +549,13 @@ class PoolMachine(RuleBasedStateMachine):
             self.writing.append((reservation, self.pool.write(reservation)))
             self.check_evicted(before, idle)
 
+    @rule(index=st.integers(0, len(LIBRARY) - 1))
+    def load(self, index: int) -> None:
+        count = len(self.writing)
+        self.reserve(index)
+        if len(self.writing) > count:
+            self.publish_one(self.writing[-1])
+
     @precondition(lambda self: self.writing)
     @rule(data=st.data(), pieces=st.integers(1, 3))
     def write(self, data: st.DataObject, pieces: int) -> None:
@@ -549,7 +566,9 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writing)
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
-        entry = data.draw(st.sampled_from(self.writing))
+        self.publish_one(data.draw(st.sampled_from(self.writing)))
+
+    def publish_one(self, entry: tuple[Reservation, Iterator[int]]) -> None:
         self.writing.remove(entry)
         for _ in entry[1]:
             pass

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from oneplusn.errors import ConfigError, MemoryPlanRefused, ModelRefused
 from oneplusn.server.engine import memory
 from oneplusn.server.engine.model import (
-    default_threads,
     load_model,
     prepare_model,
     resolve_dtype,
@@ -82,13 +81,6 @@ def test_dtype(stored, asked, expected) -> None:
 def test_bf16_file_stays_bf16_where_the_processor_knows_it(features, expected, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert resolve_dtype(tiny_config("llama", dtype=torch.bfloat16)) == expected
-
-
-@pytest.mark.parametrize(("load", "threads"), [(0.0, 4), (0.4, 4), (1.7, 2), (9.0, 1)])
-def test_threads_are_the_cores_that_nobody_computes_on(load, threads, monkeypatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3})
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
-    assert default_threads() == threads
 
 
 def test_window_that_lives_in_a_mask_bounds_the_context() -> None:

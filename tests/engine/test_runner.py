@@ -20,6 +20,7 @@ from oneplusn.server.engine.linear import PackedLinear, can_pack, pack_linears
 from oneplusn.server.engine.model import prepare_model
 from tiny_engines import MIB, cluster, mixed_jobs, run, tiny_engine
 from tiny_models import tiny_model
+from tolerances import assert_close
 
 bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 product"
@@ -88,6 +89,9 @@ def test_closed_runner_leaves_the_model_as_it_was() -> None:
     assert [name for name, _ in engine.model.model.named_modules()] != names
     engine.close()
     assert [name for name, _ in engine.model.model.named_modules()] == names
+    tokens = torch.arange(5)[None]
+    with torch.inference_mode():
+        assert_close(engine.model.model(tokens).logits, tiny_model("llama")(tokens).logits)
 
 
 def test_dropped_engine_frees_its_cache() -> None:

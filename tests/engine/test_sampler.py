@@ -98,9 +98,9 @@ def mixed_requests(count: int, vocab_size: int) -> list[Sequence]:
     return requests
 
 
-# 300 and 5,003 columns: below and above what is searched by groups; peaked rows are settled by
+# 300 and 9,001 columns: below and above what is searched by groups; peaked rows are settled by
 # their largest candidates, flat ones by the whole row.
-@pytest.mark.parametrize("vocab_size", [40, 300, 5003])
+@pytest.mark.parametrize("vocab_size", [40, 300, 9001])
 @pytest.mark.parametrize("spread", [0.3, 4.0], ids=["flat", "peaked"])
 def test_every_row_of_a_mixed_batch_samples_from_the_distribution_of_transformers(
     vocab_size, spread
@@ -136,11 +136,12 @@ def test_the_filters_keep_what_transformers_keeps(width, spread):
         torch.tensor(top_p, dtype=torch.float64),
         torch.tensor(min_p, dtype=torch.float64),
     )
-    threshold = smallest_kept(scores, scores.topk(width).values, filters)
+    weights = scores.exp()
+    threshold = smallest_kept(weights, weights.topk(width).values, filters)
     for row, (k, p, m) in enumerate(table):
         seq = sequence(temperature=1.0, top_k=k, top_p=p, min_p=m)
         expected = oracle(scores[row], seq) > 0
-        assert torch.equal(scores[row] >= threshold[row], expected), (k, p, m)
+        assert torch.equal(weights[row] >= threshold[row], expected), (k, p, m)
 
 
 def test_equal_logits_are_kept_or_dropped_together():
@@ -308,7 +309,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
 
 
 def test_log_probabilities_are_those_of_the_raw_logits():
-    logits = torch.randn(4, 5003, generator=torch.Generator().manual_seed(7)) * 3
+    logits = torch.randn(4, 9001, generator=torch.Generator().manual_seed(7)) * 3
     sampled = sample(
         logits,
         sequence(logprobs=3, temperature=0.7, top_k=5, logit_bias={9: 20.0}),
@@ -369,10 +370,3 @@ def test_values_out_of_range_are_refused_by_name(field, value):
         Sampling(**{"max_tokens": 100} | {field: value})
     assert caught.value.param == field
     assert caught.value.message.startswith(f"{field} is ")
-
-
-@pytest.mark.parametrize("request_", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": (-1,)}])
-def test_tokens_that_the_model_does_not_have_are_refused(request_):
-    sampling = Sampling(max_tokens=1, **request_)
-    with pytest.raises(InvalidRequest, match="a token id below 50"):
-        sampling.check_vocabulary(50)

@@ -200,5 +200,14 @@ def test_a_slab_holds_true_rank_rows_only() -> None:
     slab = world.site.slabs.slab(world.site, world.site.slabs.step(plan))
 
     assert slab is not None
-    assert slab.num_rows == len(slab.a) == 5 + PAGE + 1
+    assert slab.layout.num_rows == len(slab.a) == 5 + PAGE + 1
     assert slab.a.isfinite().all()
+
+
+def test_gates_follow_the_rows_when_two_slots_of_one_content_become_one() -> None:
+    # Rows 0, 2, 4 … ask for the same either way; but only one slot with all of them has many rows.
+    world = build_world(SHAPE, blends=[[(0, 1.0)], [(0, 1.0)]])
+    assert world.slots[5] == world.slots[6]
+
+    step(world, [5, 4, 6, 4] * 33 + [2])
+    step(world, [5, 4, 5, 4] * 33 + [2])

@@ -26,11 +26,6 @@ def adapter_folders(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def settings(adapter_folders) -> Settings:
-    return Settings(model=MODEL, adapter=adapter_folders, log_level="warning")
-
-
 @pytest.fixture(scope="module")
 def live(adapter_folders, tmp_path_factory) -> Iterator[Live]:
     """A server with three tasks, shared by the tests of a module that change nothing in it."""

@@ -126,7 +126,7 @@ def test_requests_from_many_clients_share_steps(server, expected) -> None:
 
 
 def test_openais_client_streams_the_same(server, expected) -> None:
-    with openai.OpenAI(base_url=f"{server.http.base_url}v1", api_key="unused") as client:
+    with openai.OpenAI(base_url=str(server.http.base_url.join("/v1")), api_key="unused") as client:
         with client.completions.create(
             model="up", prompt=PROMPTS[0], temperature=0, max_tokens=8, stream=True
         ) as stream:

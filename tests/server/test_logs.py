@@ -18,14 +18,16 @@ def written(monkeypatch, capsys):
     """Configure as the server does, and undo it."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    uvicorn_access = logging.getLogger("uvicorn.access")
+    others = [logging.getLogger(name) for name in ("uvicorn", "httpx")]
 
     def configure(**settings: object) -> None:
         configure_logging(Settings.model_validate({"model": "m", **settings}))
 
     yield configure
-    root.handlers[:], uvicorn_access.disabled = handlers, False
+    root.handlers[:] = handlers
     root.setLevel(level)
+    for other in others:
+        other.setLevel(logging.NOTSET)
 
 
 def record() -> RequestRecord:
@@ -67,6 +69,13 @@ def test_quieter_levels_are_left_out(written, capsys) -> None:
     written(log_level="warning")
     log_request(record())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("level", "lines"), [("info", 0), ("debug", 1)])
+def test_probes_are_left_out_unless_asked_for(written, capsys, level, lines) -> None:
+    written(log_level=level)
+    log_request(RequestRecord("id", "GET", route="/health/ready", status=200))
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_a_fault_is_logged_with_its_traceback(written, capsys) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from oneplusn.errors import ConfigError
-from oneplusn.server.host import available_memory, physical_cores
+from oneplusn.server.host import available_memory, free_cores, physical_cores
 from oneplusn.server.settings import ENV_PREFIX, Settings, load_settings, shown_default
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -31,7 +31,7 @@ class TestPrecedence:
     def test_defaults(self) -> None:
         settings = load_settings({})
         assert (settings.model, settings.host, settings.port) == ("demo", "127.0.0.1", 8000)
-        assert settings.threads == physical_cores()
+        assert 1 <= settings.threads <= physical_cores()
         assert settings.adapter == {}
         assert settings.base_name == "demo"
 
@@ -206,3 +206,10 @@ class TestHost:
     def test_this_machine_has_both(self) -> None:
         assert physical_cores() >= 1
         assert available_memory() > 0
+
+
+@pytest.mark.parametrize(("load", "threads"), [(0.0, 4), (0.4, 4), (1.7, 2), (9.0, 1)])
+def test_threads_are_the_cores_that_nobody_computes_on(load, threads, monkeypatch) -> None:
+    monkeypatch.setattr("oneplusn.server.host.physical_cores", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert free_cores() == threads

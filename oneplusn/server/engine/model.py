@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 import oneplusn.demo
@@ -19,6 +20,7 @@ from oneplusn.server.engine.attention import LayerShape
 from oneplusn.server.engine.linear import PackedLinear, pack_linears
 from oneplusn.server.engine.memory import check_weights_fit
 from oneplusn.server.engine.probe import ProbeReport, probe
+from oneplusn.server.host import free_cores
 
 DEMO = "demo"
 DTYPES = {
@@ -74,7 +76,7 @@ def load_model(
             is and the processor multiplies it natively, else fp32.
         device: "auto" or "cpu".
         threads: Threads that torch computes with, in the whole process; None = those that
-            `default_threads` finds free.
+            `host.free_cores` finds.
 
     Raises:
         ConfigError: There is no such model, or no such device or dtype.
@@ -85,7 +87,7 @@ def load_model(
     if device not in ("auto", "cpu"):
         msg = f"device {device!r} is not supported; use 'cpu' or 'auto'"
         raise ConfigError(msg)
-    torch.set_num_threads(default_threads() if threads is None else threads)
+    torch.set_num_threads(free_cores() if threads is None else threads)
     path = resolve_model(path_or_id)
     config = _load_config(path, revision)
     computed = resolve_dtype(config, dtype)
@@ -148,12 +150,6 @@ def resolve_model(name: str) -> str:
 def demo_data() -> Path:
     """Return the packaged folder of the demo's model and adapters."""
     return Path(next(iter(oneplusn.demo.__path__))) / "data"
-
-
-def default_threads() -> int:
-    """Count the cores that nobody computes on: two busy threads on two busy cores crawl."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores - round(os.getloadavg()[0]))
 
 
 def resolve_dtype(config: PreTrainedConfig, name: str = "auto") -> torch.dtype:
@@ -227,6 +223,8 @@ def _load_weights(
         ModelRefused: No causal language model has this configuration, or weights are missing,
             left over or of another shape.
     """
+    if not sys.stderr.isatty():  # a log is no place for a bar
+        transformers_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -62,6 +62,7 @@ class Runner:
     def close(self) -> None:
         """Give the model back as it was, and drop the KV cache."""
         self._attached.detach()
+        self._model.set_attn_implementation("eager")
         self.hook.close()
 
     def _run(self, batch: StepBatch) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from operator import attrgetter
 
-from oneplusn.errors import ConfigError, InvalidRequest, PromptTooLong
+from oneplusn.errors import ConfigError, PromptTooLong
 from oneplusn.server.engine.kv_cache import BlockManager
 from oneplusn.server.engine.sequence import Sequence, Status
 from oneplusn.server.messages import FinishReason
@@ -129,14 +129,11 @@ class Scheduler:
         """Queue a new sequence, WAITING with a slot or WAITING_ADAPTER without.
 
         Raises:
-            InvalidRequest: It has no token to begin with.
             PromptTooLong: It leaves no room for a single token of output.
         """
         assert seq.id not in self._sequences, f"{seq.id} is here already"
+        assert seq.prompt, f"{seq.id} has nothing to compute"
         assert (seq.slot is None) == (seq.status is Status.WAITING_ADAPTER)
-        if not seq.prompt:
-            msg = "the prompt has 0 tokens; it needs at least 1"
-            raise InvalidRequest(msg, param="prompt")
         if seq.num_prompt >= self.max_model_len:
             msg = (
                 f"the prompt has {seq.num_prompt} tokens and the context holds "
