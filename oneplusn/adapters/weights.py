@@ -16,7 +16,7 @@ from typing import Annotated, BinaryIO
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from oneplusn.adapters.checks import decode_json, shown
@@ -96,7 +96,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in sorted(tensors.items())
     }
-    save_file(own, path, metadata={"format": "pt"})
+    # Written by us, because the library makes files that only their owner can read.
+    path.write_bytes(save(own, metadata={"format": "pt"}))
 
 
 def _read_header(file: BinaryIO, size: int, name: str) -> bytes:

@@ -53,8 +53,8 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "text": Recipe(
-        CgcLora(tasks_of("text"), num_common=4, num_own=1, rank=4, own_rank=1),
-        TrainSettings(steps=900, batch_size=32),
+        CgcLora(tasks_of("text"), num_common=2, num_own=1, rank=4, own_rank=2),
+        TrainSettings(steps=600, batch_size=32),
     ),
     "numbers": Recipe(
         CPoly(

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import httpx
 
-START_LIMIT_S = 180.0
+START_LIMIT_S = 600.0
 STOP_LIMIT_S = 10.0
 POLL_S = 0.05
 SHOWN_CHARS = 2000

@@ -338,6 +338,14 @@ def test_the_logits_stay_as_they_are(dtype):
     assert torch.equal(logits, before)
 
 
+def test_logits_of_inference_mode_and_others_may_alternate():
+    sampler, seq = Sampler(), sequence(temperature=1, top_k=3, logit_bias={1: 0.5})
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        inside = sampler.sample(logits.clone(), [seq])
+    assert sampler.sample(logits, [seq]) == inside
+
+
 def test_a_step_that_samples_nothing_yields_nothing():
     assert sample(torch.empty(0, 50)).tokens == []
 

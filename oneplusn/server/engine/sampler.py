@@ -124,6 +124,7 @@ class Sampler:
         self._prompt_tokens: WeakKeyDictionary[Sequence, Ids] = WeakKeyDictionary()
         self._scratch = torch.empty(0)
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: list[Sequence]) -> SampledTokens:
         """Pick one token for each sequence.
 
