@@ -34,6 +34,7 @@ from oneplusn.server.engine.llm import Engine
 
 STAGES = ("base", "adapters", "table")
 MAX_ANSWER_TOKENS = 48
+CHUNK = 512
 EVALUATION_SEED = 7
 
 
@@ -124,14 +125,19 @@ def accuracy(engine: Engine, tasks: Iterable[str], n: int, *, adapted: bool) -> 
         (task, *pair) for task in tasks for pair in examples(task, "heldout", n, EVALUATION_SEED)
     ]
     random.Random(0).shuffle(pairs)
-    completions = engine.generate(
-        [text for _, text, _ in pairs],
-        tasks=[task if adapted else None for task, _, _ in pairs],
-        max_tokens=MAX_ANSWER_TOKENS,
-    )
     right = dict.fromkeys((task for task, _, _ in pairs), 0)
-    for (task, _, expected), completion in zip(pairs, completions, strict=True):
-        right[task] += completion.text == expected
+    label = "adapted" if adapted else "bare base"
+    with tqdm(total=len(pairs), desc=label, unit="input", dynamic_ncols=True) as bar:
+        for start in range(0, len(pairs), CHUNK):
+            chunk = pairs[start : start + CHUNK]
+            completions = engine.generate(
+                [text for _, text, _ in chunk],
+                tasks=[task if adapted else None for task, _, _ in chunk],
+                max_tokens=MAX_ANSWER_TOKENS,
+            )
+            for (task, _, expected), completion in zip(chunk, completions, strict=True):
+                right[task] += completion.text == expected
+            bar.update(len(chunk))
     return {task: count / n for task, count in right.items()}
 
 
@@ -213,9 +219,12 @@ def build(
         bundles = {name: read_adapter(out_dir / "adapters" / name, name=name) for name in RECIPES}
         rows = evaluate(out_dir, bundles, n)
         (out_dir / "accuracy.md").write_text(table(rows, n))
-        (out_dir / "accuracy.json").write_text(
-            json.dumps({"n": n, "tasks": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+        measured = {
+            "n": n,
+            "adapters": {name: bundle.digest for name, bundle in bundles.items()},
+            "tasks": [asdict(row) for row in rows],
+        }
+        (out_dir / "accuracy.json").write_text(json.dumps(measured, indent=1) + "\n")
         print(table(rows, n))
     print(f"{time.perf_counter() - started:.0f} s")
 
