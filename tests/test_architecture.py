@@ -28,7 +28,9 @@ class Rule(NamedTuple):
 
 KERNELS = ("oneplusn.errors", "oneplusn.kernels")
 ADAPTERS = (*KERNELS, "oneplusn.adapters")
-ENGINE_LIBRARIES = frozenset({"torch", "transformers", "triton", "numpy", "safetensors", "msgspec"})
+ENGINE_LIBRARIES = frozenset(
+    {"torch", "transformers", "triton", "numpy", "safetensors", "msgspec", "regex"}
+)
 
 # `others=None` leaves a folder free to use every declared dependency.
 RULES = (

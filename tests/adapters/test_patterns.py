@@ -74,41 +74,28 @@ def test_random_patterns_match_as_python_does(pattern, text):
     assert Matcher().fullmatch(pattern, text) == (re.fullmatch(pattern, text) is not None)
 
 
-@pytest.mark.parametrize("pattern", ["(a|a)*b", "(a*)*b", "(a+)+b", "(.*)*x", "((a?){30}){9}b"])
-def test_a_pattern_that_hangs_a_backtracking_matcher_does_not_hang_this_one(pattern):
-    matcher = Matcher(budget=100_000)
-    assert not matcher.fullmatch(pattern, "a" * 250)
+HANGING = "(?:.|..)*[!?]"
 
 
-def test_work_is_bounded_over_all_modules_together():
-    matcher = Matcher(budget=10_000)
-    paths = [f"model.layers.{index}.self_attn.q_proj" for index in range(10_000)]
+def test_a_pattern_that_would_hang_is_cut_off():
     with pytest.raises(AdapterInvalid) as refusal:
-        any(matcher.fullmatch("(.*.*)*x", path) for path in paths)
+        Matcher(budget_s=0.05).fullmatch(HANGING, "model.layers.0.self_attn.q_proj")
     assert refusal.value.code == "pattern_too_costly"
     assert "names of the modules instead" in str(refusal.value)
 
 
+def test_work_is_bounded_over_all_modules_together():
+    matcher = Matcher(budget_s=0.02)
+    paths = [f"model.layers.{index}.self_attn.q_proj" for index in range(100_000)]
+    with pytest.raises(AdapterInvalid) as refusal:
+        any(matcher.fullmatch(".*never", path) for path in paths)
+    assert refusal.value.code == "pattern_too_costly"
+
+
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        r"(a)\1",
-        "(?=a)a",
-        "(?<!b)a",
-        "a++",
-        "(?>a)",
-        "(?i)a",
-        "(?i:a)",
-        "(a",
-        "a**",
-        "[",
-        "(" * 5000,
-        "a" * 5000,
-        "a{99999999999999999999}",
-    ],
-    ids=lambda pattern: pattern[:12],
+    "pattern", ["(a", "[", "(" * 5000, "a" * 5000, "(?P<n>a)(?P=m)"], ids=lambda p: p[:12]
 )
-def test_what_needs_backtracking_or_is_no_pattern_is_refused(pattern):
+def test_what_is_no_pattern_or_too_long_is_refused(pattern):
     with pytest.raises(AdapterInvalid) as refusal:
         Matcher().fullmatch(pattern, "aa")
     assert refusal.value.code == "pattern_not_supported"

@@ -209,9 +209,7 @@ REFUSED_OPTIONS = {
     ),
     "excluded": ({"exclude_modules": ["q_proj"]}, "config_mismatch", PEFT_MODULE),
     "excluded by regex": ({"exclude_modules": ".*q_proj"}, "config_mismatch", PEFT_MODULE),
-    "lookahead": ({"target_modules": "(?=.*q).*"}, "pattern_not_supported", "backtracking"),
     "invalid regex": ({"target_modules": "(q_proj"}, "pattern_not_supported", "'(q_proj'"),
-    "flags": ({"rank_pattern": {"(?i)Q_PROJ": 2}}, "pattern_not_supported", "'(?i)Q_PROJ'"),
 }
 
 
@@ -351,11 +349,10 @@ def test_many_exact_patterns_on_many_modules_stay_within_the_budget():
 
 
 def test_a_hostile_pattern_is_refused_within_its_budget():
-    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(3000)]
-    tensors = {name: t for path in paths for name, t in peft_tensors(path).items()}
-    config = PEFT_JSON | {"rank_pattern": {"(.*.*.*)*x" + "y" * i: 2 for i in range(50)}}
+    path = "model.layers.11.self_attn.q_proj"
+    config = PEFT_JSON | {"rank_pattern": {"(?:.|.|.|..)*[!?]": 2}}
     with pytest.raises(AdapterInvalid) as refusal:
-        to_bundle(config, tensors, task="t")
+        to_bundle(config, peft_tensors(path), task="t")
     assert refusal.value.code == "pattern_too_costly"
 
 
