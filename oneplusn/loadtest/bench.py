@@ -145,7 +145,7 @@ def _measure_server(report: Report, fixtures: Fixtures, options: argparse.Namesp
                 _load(address, name, models, options, seed=f"{name} {repeat}")
                 for repeat in range(options.repeats + 1)
             ][1:]
-            case = sorted(runs, key=lambda run: run.summary.tokens_per_s)[len(runs) // 2]
+            case = sorted(runs, key=lambda run: run.summary.tokens_per_s)[(len(runs) - 1) // 2]
             report.cases.append(case)
             _say(f"oneplusn, {name}: {case.summary.tokens_per_s:.1f} tokens/s")
 

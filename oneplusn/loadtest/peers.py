@@ -79,7 +79,7 @@ class Stamps:
 
 def median_run(runs: Sequence[PeerCase]) -> PeerCase:
     """Return the run of median throughput."""
-    return sorted(runs, key=lambda run: run.tokens_per_s)[len(runs) // 2]
+    return sorted(runs, key=lambda run: run.tokens_per_s)[(len(runs) - 1) // 2]
 
 
 def measure(name: str, model: Any, work: Work, **extra: object) -> PeerCase:  # noqa: ANN401

@@ -86,8 +86,8 @@ class Settings(BaseSettings):
         None,
         gt=0,
         description=(
-            "Bytes for resident adapters, for example 512MiB; otherwise 1GiB, within 15 % of the "
-            "free memory."
+            "Bytes for resident adapters and the copies packed from them, two to three times their "
+            "files, for example 512MiB; otherwise 1GiB, within 15 % of the free memory."
         ),
     )
     max_model_len: int | None = Field(

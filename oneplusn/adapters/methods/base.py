@@ -58,6 +58,19 @@ class Method(ABC):
         return len(self.tasks)
 
 
+def common_and_own(
+    tasks: Sequence[str], *, num_common: int, num_own: int, rank: int, own_rank: int | None
+) -> tuple[Expert, ...]:
+    """Lay out the common experts, then each task's own, of rank `own_rank` or else `rank`."""
+    common = [Expert(f"common-{i}", "common", None, rank) for i in range(num_common)]
+    own = [
+        Expert(f"{task}-{i}", "own", task, rank if own_rank is None else own_rank)
+        for task in tasks
+        for i in range(num_own)
+    ]
+    return (*common, *own)
+
+
 class ExpertDelta(nn.Module):
     """The factors of all experts at one linear, and their gated sum.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from oneplusn.adapters.bundle import Expert
-from oneplusn.adapters.methods.base import Gate, Method
+from oneplusn.adapters.methods.base import Gate, Method, common_and_own
 
 EPSILON = 1e-12
 
@@ -84,14 +84,13 @@ class CPoly(Method):
 
     def experts(self) -> tuple[Expert, ...]:
         """The common skills, then each task's own; a borrowed one counts as common at load."""
-        own_rank = self.rank if self.own_rank is None else self.own_rank
-        common = [Expert(f"common-{i}", "common", None, self.rank) for i in range(self.num_common)]
-        own = [
-            Expert(f"{task}-{i}", "own", task, own_rank)
-            for task in self.tasks
-            for i in range(self.num_own)
-        ]
-        return (*common, *own)
+        return common_and_own(
+            self.tasks,
+            num_common=self.num_common,
+            num_own=self.num_own,
+            rank=self.rank,
+            own_rank=self.own_rank,
+        )
 
     def scales(self) -> Tensor:
         """S for every skill."""
