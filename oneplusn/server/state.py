@@ -24,6 +24,7 @@ from oneplusn.errors import (
 from oneplusn.server.bridge import AsyncEngine, EngineFactory
 from oneplusn.server.inference import Inference
 from oneplusn.server.metrics import Metrics
+from oneplusn.server.offload import offload
 from oneplusn.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ class Server:
         for version in registry.active():
             with _naming(version.label):
                 blob = registry.blob(version.digest)
-                await self._load(await asyncio.to_thread(_read, blob, version.adapter))
+                await self._load(await offload(_read, blob, version.adapter))
         for adapter, path in {**self._packaged(), **self.settings.adapter}.items():
             with _naming(adapter):
-                await self.publish(await asyncio.to_thread(_read, path, adapter), adapter)
+                await self.publish(await offload(_read, path, adapter), adapter)
         for task, _ in registry.tasks():
             self.metrics.task_label(task)
         self._started = True
@@ -121,7 +122,7 @@ class Server:
             before = {version.digest for version in self.registry.active()}
             await self._load(bundle)
             try:
-                version, new = await asyncio.to_thread(self.registry.publish, bundle, name)
+                version, new = await offload(self.registry.publish, bundle, name)
             finally:
                 after = {version.digest for version in self.registry.active()}
                 self._retired = (self._retired | before | {bundle.digest}) - after

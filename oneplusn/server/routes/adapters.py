@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from oneplusn.adapters.registry import Version
 from oneplusn.errors import InvalidRequest, OneplusnError
+from oneplusn.server.offload import offload
 from oneplusn.server.routes.common import ADAPTER_HEADER, ServerDep
 from oneplusn.server.state import UPLOAD_PREFIX, Server
 from oneplusn.server.uploads import Upload, receive_upload
@@ -78,7 +78,7 @@ async def _publish(request: Request, server: Server) -> tuple[Version, bool]:
     with TemporaryDirectory(prefix=UPLOAD_PREFIX, dir=server.data) as folder:
         upload = await receive_upload(request, Path(folder), limit=limit)
         name = _name(upload)
-        bundle = await asyncio.to_thread(_read, upload.files, name, limit)
+        bundle = await offload(_read, upload.files, name, limit)
     return await server.publish(bundle, name)
 
 
