@@ -168,14 +168,15 @@ class TestDurability:
     def test_a_kill_before_the_commit_leaves_nothing_after_the_restart(self, tmp_path) -> None:
         """The process dies right after the blob is on the disk."""
         script = (
-            "import os, sys; from pathlib import Path; from bundles import small_bundle;"
+            "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
+            "from bundles import small_bundle;"
             "from oneplusn.adapters.registry import Registry;"
             "Registry._commit = lambda *_: os.kill(os.getpid(), 9);"
             "registry = Registry(Path(sys.argv[1]), base_name='base');"
             "registry.publish(small_bundle(tasks=('t',)), 'adapter')"
         )
         tests = Path(__file__).parents[1]
-        done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=tests, check=False)
+        done = subprocess.run([sys.executable, "-P", "-c", script, tmp_path, tests], check=False)
         assert done.returncode == -9
         assert len(list((tmp_path / "blobs").iterdir())) == 1
 
