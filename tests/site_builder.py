@@ -15,6 +15,7 @@ import torch
 
 from oneplusn.kernels.cpu import SlabCache
 from oneplusn.kernels.plan import PAGE, Site, SiteSpec, SiteTable, SlotInfo, num_pages
+from oneplusn.kernels.workspace import Workspace
 
 CAPACITY_RUNS = 64
 CAPACITY_SLOTS = 64
@@ -116,14 +117,14 @@ def _chance(generator: torch.Generator) -> float:
 
 
 def _empty_sites(in_features: int, slices: Sequence[Sequence[int]], budget: int) -> list[Site]:
-    slabs = SlabCache(budget)
+    slabs, workspace = SlabCache(budget), Workspace("cpu")
     sites = []
     for index, widths in enumerate(slices):
         modules = tuple(f"layers.{index}.m{s}" for s in range(len(widths)))
         spec = SiteSpec("+".join(modules), in_features, tuple(widths), modules)
         table = SiteTable(runs=CAPACITY_RUNS, slots=CAPACITY_SLOTS, gates=CAPACITY_GATES)
         table.gates.fill_(torch.nan)
-        sites.append(Site(spec, torch.empty(0), torch.empty(0), table, slabs))
+        sites.append(Site(spec, torch.empty(0), torch.empty(0), table, slabs, workspace))
     return sites
 
 
@@ -147,6 +148,7 @@ def _name_slots(world: World, clusters: Sequence[Cluster]) -> dict[int, tuple[in
                 cluster=(digest,),
                 runs=tuple(run for run, _ in runs),
                 run_keys=tuple(key for _, key in runs),
+                run_pages=tuple(num_pages(sum(ranks[run])) for run, _ in runs),
             )
             world.tasks.append(slot)
     return ranks
@@ -184,7 +186,7 @@ def _fill_pages(
                 b[row // PAGE, row % PAGE] = expert.b[r]
                 row += 1
         first += num_pages(rows[run])
-    return Site(spec, a, b, site.table, site.slabs)
+    return Site(spec, a, b, site.table, site.slabs, site.workspace)
 
 
 def _draw_gates(
@@ -207,12 +209,14 @@ def _add_blend(world: World, blend: Sequence[tuple[int, float]]) -> None:
     """Add a slot with the union of the tasks' runs and the weighted sum of their gates."""
     infos = [(world.slots[world.tasks[task]], weight) for task, weight in blend]
     runs = dict(pair for info, _ in infos for pair in zip(info.runs, info.run_keys, strict=True))
+    pages = {run: n for info, _ in infos for run, n in zip(info.runs, info.run_pages, strict=True)}
     slot = 1 + len(world.slots)
     world.slots[slot] = SlotInfo(
         key="+".join(f"{info.key}*{weight}" for info, weight in infos),
         cluster=tuple(sorted({digest for info, _ in infos for digest in info.cluster})),
         runs=tuple(runs),
         run_keys=tuple(runs.values()),
+        run_pages=tuple(pages[run] for run in runs),
     )
     for gates in world.gates:
         gates[slot] = {}

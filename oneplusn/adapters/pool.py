@@ -392,7 +392,14 @@ class Pool:
         for name in held.sites:
             self._storage.write_gates(held, name)
         key = blend_key([task.info.key for task in tasks], weights)
-        info = SlotInfo(key, cluster, tuple(runs), tuple(runs.values()))
+        pages = {
+            run: count
+            for task in tasks
+            for run, count in zip(task.info.runs, task.info.run_pages, strict=True)
+        }
+        info = SlotInfo(
+            key, cluster, tuple(runs), tuple(runs.values()), tuple(pages[run] for run in runs)
+        )
         (id_,) = held.slots
         self._slots[id_], self.slots[id_] = _Slot(info, gates, parts), info
         self._blends[parts] = held
@@ -406,4 +413,7 @@ def _task_info(image: PageImage, task: str, run_ids: Sequence[int]) -> SlotInfo:
         cluster=(image.digest,),
         runs=tuple(run_ids[run] for run in local),
         run_keys=tuple((image.digest, run) for run in local),
+        run_pages=tuple(
+            max(site.run_pages[run] for site in image.sites.values()) for run in local
+        ),
     )

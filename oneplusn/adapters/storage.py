@@ -19,6 +19,7 @@ from oneplusn.errors import MemoryPlanRefused
 from oneplusn.kernels.buffers import zeros
 from oneplusn.kernels.cpu import SlabCache
 from oneplusn.kernels.plan import MAX_RUNS, PAGE, Site, SiteSpec, SiteTable, num_pages
+from oneplusn.kernels.workspace import Workspace
 
 # Gates per rank row that there is room for, on average; a common row has one for each task.
 GATES_PER_ROW = 16
@@ -96,6 +97,7 @@ class Storage:
         gates = pages * PAGE * GATES_PER_ROW
         runs, slots = 2 * max_tasks, 1 + max_tasks
         slabs = SlabCache((copies - 1) * pages * sum(page_bytes(spec, dtype) for spec in specs))
+        workspace = Workspace(device)
         self.sites: dict[str, Site] = {}
         capacities = {RUNS: runs, SLOTS: slots}
         for spec in specs:
@@ -106,6 +108,7 @@ class Storage:
                 b=zeros((pages, PAGE, spec.out_features), dtype, device),
                 table=SiteTable(runs=runs, slots=slots, gates=gates, device=device),
                 slabs=slabs,
+                workspace=workspace,
             )
             capacities[Place("pages", spec.name)] = pages
             capacities[Place("gate rows", spec.name)] = gates

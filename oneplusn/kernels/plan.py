@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from oneplusn.kernels.cpu import SlabCache
     from oneplusn.kernels.cpu_attention import AttentionMeta
+    from oneplusn.kernels.workspace import Workspace
 
 PAGE = 16
 """Rank rows of a page."""
@@ -128,15 +129,18 @@ class SlotInfo:
         runs: Run ids in the order of k.
         run_keys: Content identity of each run. Orders and caches go by it, never by ids, which
             are used again for other content.
+        run_pages: Pages of each run at the site where it has the most.
     """
 
     key: str
     cluster: tuple[str, ...]
     runs: tuple[int, ...]
     run_keys: tuple[RunKey, ...]
+    run_pages: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.runs) == len(self.run_keys) == len(set(self.runs)) <= MAX_RUNS, self
+        assert len(self.runs) == len(set(self.runs)) <= MAX_RUNS, self
+        assert len(self.runs) == len(self.run_keys) == len(self.run_pages), self
 
 
 class Segment(NamedTuple):
@@ -163,6 +167,7 @@ class Plan:
 
     Attributes:
         num_rows: Rows T of the batch.
+        max_tile_rows: The largest number of rows that a tile may have.
         rows: `[n]`, the adapted rows of the batch, in sorted order.
         slots: `[n]`, their slots.
         tile_rows: `[tiles + 1]`, bounds of the tiles in `rows`.
@@ -174,10 +179,12 @@ class Plan:
         segments: The slots' spans of `rows`.
         clusters: The clusters' spans of `rows`, as (start, stop).
         run_keys: Content identity of every run in `runs`, in the order of the keys.
+        run_pages: Pages of every run in `runs`, at the site where it has the most.
         key: Identity of the composition: which content each row of the batch asks for.
     """
 
     num_rows: int
+    max_tile_rows: int
     rows: IntArray
     slots: IntArray
     tile_rows: IntArray
@@ -188,6 +195,7 @@ class Plan:
     segments: tuple[Segment, ...]
     clusters: tuple[tuple[int, int], ...]
     run_keys: Mapping[int, RunKey]
+    run_pages: Mapping[int, int]
     key: Composition
 
     @property
@@ -236,6 +244,7 @@ def build_plan(
     tiles = list(_cut_tiles(segments, clusters, slots, list(run_keys), tile_rows))
     return Plan(
         num_rows=len(batch),
+        max_tile_rows=tile_rows,
         rows=rows,
         slots=batch[rows],
         tile_rows=_bounds([tile.num_rows for tile in tiles]),
@@ -246,6 +255,7 @@ def build_plan(
         segments=segments,
         clusters=clusters,
         run_keys=run_keys,
+        run_pages=_run_pages(order, slots),
         key=_composition(batch, slots),
     )
 
@@ -280,6 +290,13 @@ def _run_keys(order: Sequence[int], slots: Mapping[int, SlotInfo]) -> dict[int, 
     for slot in order:
         keys.update(zip(slots[slot].runs, slots[slot].run_keys, strict=True))
     return dict(sorted(keys.items(), key=lambda item: item[1]))
+
+
+def _run_pages(order: Sequence[int], slots: Mapping[int, SlotInfo]) -> dict[int, int]:
+    pages: dict[int, int] = {}
+    for slot in order:
+        pages.update(zip(slots[slot].runs, slots[slot].run_pages, strict=True))
+    return pages
 
 
 def _cut_tiles(
@@ -352,6 +369,7 @@ class Site:
         b: `[P, 16, N]`, the rank rows that make the outputs, all slices side by side.
         table: Where runs and gates lie.
         slabs: What the CPU packs from the pages; shared by all sites of a pool.
+        workspace: What Triton's kernels write besides outputs; shared by all sites of a pool.
     """
 
     spec: SiteSpec
@@ -359,6 +377,7 @@ class Site:
     b: torch.Tensor
     table: SiteTable
     slabs: SlabCache
+    workspace: Workspace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

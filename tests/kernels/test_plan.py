@@ -11,17 +11,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneplusn.kernels.plan import ABSENT, MAX_RUNS, SiteSpec, SiteTable, SlotInfo, build_plan
+from oneplusn.kernels.plan import ABSENT, MAX_RUNS, RunKey, SiteSpec, SiteTable, SlotInfo, build_plan
+
+
+def slot_info(
+    key: str, cluster: tuple[str, ...], runs: tuple[int, ...], run_keys: tuple[RunKey, ...]
+) -> SlotInfo:
+    """Describe a slot whose runs have as many pages as their id, plus one."""
+    return SlotInfo(key, cluster, runs, run_keys, tuple(run + 1 for run in runs))
+
 
 # Cluster "b" comes second by digest though its ids come first, so an order by id shows.
 SLOTS = {
-    1: SlotInfo("b/x", ("b",), (0, 1), (("b", 0), ("b", 1))),
-    2: SlotInfo("b/y", ("b",), (0, 2), (("b", 0), ("b", 2))),
-    3: SlotInfo("a/x", ("a",), (9, 7), (("a", 0), ("a", 1))),
-    4: SlotInfo("a/y", ("a",), (9,), (("a", 0),)),
-    5: SlotInfo("lone", ("c",), (5,), (("c", 0),)),
+    1: slot_info("b/x", ("b",), (0, 1), (("b", 0), ("b", 1))),
+    2: slot_info("b/y", ("b",), (0, 2), (("b", 0), ("b", 2))),
+    3: slot_info("a/x", ("a",), (9, 7), (("a", 0), ("a", 1))),
+    4: slot_info("a/y", ("a",), (9,), (("a", 0),)),
+    5: slot_info("lone", ("c",), (5,), (("c", 0),)),
     # Half of b's x and half of a's y: a cluster of its own, runs in the order of the request.
-    6: SlotInfo("b/x*.5+a/y*.5", ("a", "b"), (0, 1, 9), (("b", 0), ("b", 1), ("a", 0))),
+    6: slot_info("b/x*.5+a/y*.5", ("a", "b"), (0, 1, 9), (("b", 0), ("b", 1), ("a", 0))),
 }
 _ = ABSENT
 
@@ -100,6 +108,8 @@ def test_plan_of(case: Case) -> None:
     plan = build_plan(case.batch, SLOTS, tile_rows=case.limit)
 
     assert plan.num_rows == len(case.batch)
+    assert plan.max_tile_rows == case.limit
+    assert plan.run_pages == {run: run + 1 for run in plan.runs.tolist()}
     assert plan.empty == (not case.rows)
     assert plan.rows.tolist() == case.rows
     assert plan.slots.tolist() == [case.batch[row] for row in case.rows]
@@ -142,8 +152,8 @@ def test_the_order_of_the_batch_changes_neither_tiles_nor_runs(batch: list[int])
     assert plan.ks.tolist() == other.ks.tolist()
 
 
-SAME = SlotInfo("a/x", ("a",), (8, 6), (("a", 0), ("a", 1)))
-OTHER_VERSION = SlotInfo("a/x", ("a2",), (8, 6), (("a2", 0), ("a2", 1)))
+SAME = slot_info("a/x", ("a",), (8, 6), (("a", 0), ("a", 1)))
+OTHER_VERSION = slot_info("a/x", ("a2",), (8, 6), (("a2", 0), ("a2", 1)))
 
 
 @pytest.mark.parametrize(
@@ -169,9 +179,9 @@ def test_a_row_of_an_unknown_slot_is_an_error() -> None:
 
 def test_a_slot_takes_no_more_runs_than_a_table_has_columns() -> None:
     runs = tuple(range(MAX_RUNS))
-    assert SlotInfo("k", ("a",), runs, tuple(("a", run) for run in runs)).runs == runs
+    assert slot_info("k", ("a",), runs, tuple(("a", run) for run in runs)).runs == runs
     with pytest.raises(AssertionError):
-        SlotInfo("k", ("a",), (*runs, 99), tuple(("a", run) for run in (*runs, 99)))
+        slot_info("k", ("a",), (*runs, 99), tuple(("a", run) for run in (*runs, 99)))
 
 
 def test_a_site_knows_where_its_slices_begin() -> None:

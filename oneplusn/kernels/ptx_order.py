@@ -1,0 +1,133 @@
+"""Check in PTX that what one program leaves for another is complete before it is read.
+
+Rank rows travel through device memory, from the program that shrinks to those that expand, and
+as parts from split to split. One thread of a block raises or reads a counter, the others meet it
+at a barrier: so a barrier lies between an access of the rows and that of the counter, and nothing
+may slip to the wrong side of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Literal, NamedTuple
+
+from oneplusn.kernels.ptx import UNKNOWN, Instruction, Program
+
+Handover = Literal["counter", "shrink", "expand", "pdl shrink", "pdl expand"]
+"""How H is handed over: by a counter within one launch, or by one launch to the next, which with
+programmatic dependent launch (pdl) begins before the first has ended."""
+
+OUTPUTS = frozenset({"y0", "y1", "y2"})
+_ENTRY = 0
+
+
+class Rule(NamedTuple):
+    """No path leads from a `start` to an `end` but through one of `through`.
+
+    The three are names of sets of instructions, as `_marks` makes them; several are separated by
+    blanks.
+    """
+
+    start: str
+    end: str
+    through: str
+    fault: str
+
+
+_PARTS = (
+    Rule("entry tickets", "planes_loads", "arrivals", "a part is read before its split arrived"),
+    Rule("arrivals", "planes_loads", "barriers", "parts are read by threads that saw no arrival"),
+    Rule("planes_stores", "arrivals", "barriers", "a split arrives before all threads stored"),
+    Rule("arrivals", "planes_stores", "tickets", "a part is stored after its split arrived"),
+)
+RULES: dict[Handover, tuple[Rule, ...]] = {
+    "counter": (
+        Rule("entry tickets", "h_loads", "polls", "H is read without a wait for its flag"),
+        Rule("polls", "h_loads", "barriers", "H is read by threads that saw no flag"),
+        Rule("h_loads", "polls", "tickets", "H is read within the wait"),
+        Rule("h_stores", "raises", "barriers", "the flag is raised before all threads stored H"),
+        Rule("raises", "h_stores", "tickets", "H is stored after its flag is raised"),
+        Rule("polls", "y_loads", "tickets", "y is read behind the wait, not beside the shrink"),
+        *_PARTS,
+    ),
+    "shrink": _PARTS,
+    "expand": (),
+    "pdl shrink": (
+        Rule("entry", "x_loads h_stores", "waits", "memory in use is touched before the wait"),
+        Rule("entry", "releases", "waits", "the next launch begins before the last has ended"),
+        *_PARTS,
+    ),
+    "pdl expand": (
+        Rule("entry", "h_loads y_stores", "waits", "memory in use is touched before the wait"),
+        Rule("waits", "y_loads", "", "y is read behind the wait, not beside the shrink"),
+    ),
+}
+
+
+def order_faults(program: Program, handover: Handover, *, splits: bool, adds: bool) -> list[str]:
+    """Return what is wrong with the order of a kernel's accesses; nothing = it holds.
+
+    Args:
+        program: With the names that `triton_delta` gives to its arguments.
+        handover: Which rules apply.
+        splits: Whether chunks are summed from parts, so that there must be accesses to parts.
+        adds: Whether outputs are added to, so that there must be loads of them.
+    """
+    marks = _marks(program)
+    absent = set() if splits else {"arrivals", "planes_loads", "planes_stores"}
+    absent |= set() if adds else {"y_loads"}
+    absent |= set() if handover == "counter" else {"tickets"}
+    rules = RULES[handover]
+    needed = {name for rule in rules for name in f"{rule.start} {rule.end}".split()} - absent
+    faults = [f"no {name.replace('_', ' ')}" for name in sorted(needed) if not marks[name]]
+    faults += [rule.fault for rule in rules if _breaks(program, marks, rule)]
+    instructions = [instruction for _, instruction in program]
+    if any(UNKNOWN in instruction.reads | instruction.writes for instruction in instructions):
+        faults.append("an address derives from no argument, so its order cannot be known")
+    if any(instruction.reads & {"h", "planes"} and "nc" in instruction.parts for instruction in instructions):
+        faults.append("H or its parts are read through the cache that nobody updates")
+    return faults
+
+
+def _breaks(program: Program, marks: dict[str, Set[int]], rule: Rule) -> bool:
+    start, end, through = (
+        set[int]().union(*(marks[name] for name in names.split()))
+        for names in (rule.start, rule.end, rule.through)
+    )
+    return not end.isdisjoint(program.after(start, without=through))
+
+
+def _marks(program: Program) -> dict[str, Set[int]]:
+    """Return the sets of instructions that rules speak of."""
+
+    def where(*words: str, reads: Set[str] = frozenset(), writes: Set[str] = frozenset()) -> set[int]:
+        return {
+            i
+            for i, instruction in program
+            if set(words) <= set(instruction.parts)
+            and (not reads or reads & instruction.reads)
+            and (not writes or writes & instruction.writes)
+        }
+
+    control = {"control"}
+    marks: dict[str, Set[int]] = {
+        "entry": {_ENTRY},
+        "barriers": {i for i, instruction in program if instruction.is_block_barrier},
+        "waits": where("griddepcontrol", "wait"),
+        "releases": where("griddepcontrol", "launch_dependents"),
+        "tickets": where("atom", "relaxed", writes=control),
+        "arrivals": where("acq_rel", writes=control),
+        "raises": where("release", writes=control),
+        "y_loads": where(reads=OUTPUTS),
+        "y_stores": where(writes=OUTPUTS),
+    }
+    for name in ("x", "h", "planes"):
+        marks[f"{name}_loads"] = where(reads={name})
+        marks[f"{name}_stores"] = where(writes={name})
+    # A wait runs again and again without a new ticket.
+    marks["polls"] = {
+        i
+        for i in where("acquire", reads=control)
+        if i in program.after([i], without=marks["tickets"])
+    }
+    return marks
