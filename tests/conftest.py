@@ -13,7 +13,12 @@ os.environ.update(
 )
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU the Triton kernels run in their interpreter; decided when triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A deadline per example measures the neighbours on a shared machine, not the code.
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -21,11 +26,8 @@ settings.load_profile("project")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

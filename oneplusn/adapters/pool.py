@@ -413,7 +413,5 @@ def _task_info(image: PageImage, task: str, run_ids: Sequence[int]) -> SlotInfo:
         cluster=(image.digest,),
         runs=tuple(run_ids[run] for run in local),
         run_keys=tuple((image.digest, run) for run in local),
-        run_pages=tuple(
-            max(site.run_pages[run] for site in image.sites.values()) for run in local
-        ),
+        run_pages=tuple(max(site.run_pages[run] for site in image.sites.values()) for run in local),
     )

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +30,10 @@ _ELEMENT_TYPES = {
 _NUMBER = re.compile(r"[A-Z]\d*|(max|num)_\w+|\w+_stride")
 """Names of the arguments that are numbers, int32."""
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([.\w]*)", re.M)
-_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([.\w]*)", re.MULTILINE
+)
+_RESOURCES = r"Function {}:\s+REG:(\d+) STACK:(\d+)"
 
 
 class Device(NamedTuple):
@@ -81,12 +83,12 @@ class Facts:
     shared_bytes: int
     num_warps: int
     num_stages: int
-    instructions: Mapping[str, int] = field(repr=False)
-    program: Program = field(repr=False)
+    instructions: Mapping[str, int]
+    program: Program
 
     @property
-    def matrix_instruction(self) -> str:
-        """Which matrix units it uses: HGMMA (whole warp groups), HMMA (one warp), or none."""
+    def matrix_units(self) -> str:
+        """The instruction that it multiplies with: HGMMA (four warps), HMMA (one), or none."""
         return next((name for name in ("HGMMA", "HMMA") if self.instructions.get(name)), "none")
 
     @property
@@ -106,6 +108,22 @@ class Facts:
             _REGISTERS // warp_registers // self.num_warps,
             device.shared_bytes // (self.shared_bytes + _RESERVED_SHARED_BYTES),
         )
+
+    def summary(self) -> dict[str, str | int]:
+        """Return the figures of a report's row."""
+        return {
+            "triton": self.triton,
+            "capability": self.capability,
+            "registers": self.registers,
+            "stack_bytes": self.stack_bytes,
+            "spill_bytes": self.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "matrix_units": self.matrix_units,
+            "async_copies": self.async_copies,
+            "blocks_per_multiprocessor": self.blocks_per_multiprocessor,
+        }
 
 
 def compile_kernel(
@@ -127,8 +145,10 @@ def compile_kernel(
         num_stages: Of the software pipeline.
         pdl: Whether it is launched by programmatic dependent launch.
     """
-    arguments = [(i, parameter) for i, parameter in enumerate(kernel.params) if not parameter.is_constexpr]
-    types = {parameter.name: _type_of(parameter.name) for _, parameter in arguments}
+    arguments = [
+        (i, argument) for i, argument in enumerate(kernel.params) if not argument.is_constexpr
+    ]
+    types = {argument.name: _type_of(argument.name) for _, argument in arguments}
     source = ASTSource(
         kernel,
         signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
@@ -136,19 +156,15 @@ def compile_kernel(
         # What a launch finds out about its arguments: allocations begin, and widths are, multiples.
         attrs={
             (i,): [["tt.divisibility", 16]]
-            for i, parameter in arguments
-            if not parameter.do_not_specialize
+            for i, argument in arguments
+            if not argument.do_not_specialize
         },
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": pdl}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    pointers = {
-        number: name
-        for number, (name, type_) in enumerate(types.items())
-        if type_.startswith("*")
-    }
+    pointers = {i: name for i, (name, kind) in enumerate(types.items()) if kind.startswith("*")}
     text = _disassemble(compiled.asm["cubin"])
-    resources = _RESOURCES.search(text)
+    resources = re.search(_RESOURCES.format(compiled.metadata.name), text)
     assert resources is not None, text[:500]
     instructions = _INSTRUCTION.findall(text)
     return Facts(
@@ -174,7 +190,8 @@ def _disassemble(cubin: bytes) -> str:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        # Triton's own tool, on a file of our own.
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
 
 
 def _width(suffix: str) -> int:

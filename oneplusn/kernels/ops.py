@@ -6,14 +6,13 @@ A backend is chosen once per device type. `ONEPLUSN_KERNELS` forces one by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, Protocol
 
 import torch
 
 from oneplusn.errors import ConfigError
-from oneplusn.kernels import cpu, reference
 from oneplusn.kernels.plan import Plan, Site
 
 
@@ -32,19 +31,48 @@ class GatedDelta(Protocol):
         """Compute the delta in place."""
 
 
-# Per device type by name, the default first. Devices that are not listed have the reference.
-_BACKENDS: dict[str, dict[str, GatedDelta]] = {
-    "cpu": {"cpu": cpu.gated_delta, "reference": reference.gated_delta},
+def _cpu() -> GatedDelta:
+    from oneplusn.kernels import cpu
+
+    return cpu.gated_delta
+
+
+def _reference() -> GatedDelta:
+    from oneplusn.kernels import reference
+
+    return reference.gated_delta
+
+
+def _triton() -> GatedDelta:
+    from oneplusn.kernels import triton_backend
+
+    return triton_backend.gated_delta
+
+
+def _interpreted_triton() -> GatedDelta:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        msg = (
+            "ONEPLUSN_KERNELS='triton' on 'cpu' runs the kernels in Triton's interpreter, a "
+            "thousand times slower; set TRITON_INTERPRET=1 too if that is what you want"
+        )
+        raise ConfigError(msg)
+    return _triton()
+
+
+# Per device type by name, the default first; imported when chosen. Other devices: the reference.
+_BACKENDS: dict[str, dict[str, Callable[[], GatedDelta]]] = {
+    "cpu": {"cpu": _cpu, "reference": _reference, "triton": _interpreted_triton},
+    "cuda": {"triton": _triton, "reference": _reference},
 }
-_ELSEWHERE: dict[str, GatedDelta] = {"reference": reference.gated_delta}
+_ELSEWHERE: dict[str, Callable[[], GatedDelta]] = {"reference": _reference}
 
 
 @cache
 def backend(device_type: str) -> GatedDelta:
-    """Choose the backend for a device type; later calls return the first choice.
+    """Choose the backend of a device type.
 
     Raises:
-        ConfigError: When `ONEPLUSN_KERNELS` names none that serves this device type.
+        ConfigError: When ONEPLUSN_KERNELS names none of this device type.
     """
     choices = _BACKENDS.get(device_type, _ELSEWHERE)
     name = os.environ.get("ONEPLUSN_KERNELS") or next(iter(choices))
@@ -54,7 +82,7 @@ def backend(device_type: str) -> GatedDelta:
             f"set it to one of {', '.join(choices)}, or unset it"
         )
         raise ConfigError(msg)
-    return choices[name]
+    return choices[name]()
 
 
 def gated_delta(
@@ -71,7 +99,7 @@ def gated_delta(
         delta[s][t] = sum over the runs u of row t and their rank rows e of
                       gate[t, e] * (A[e, s] . x[t]) * B[e, columns of s]
         x: `[T, K]`; ys[s]: `[T, N_s]` for each slice s, both in the dtype of the pages; gates:
-        fp32, with the scale folded in. Any strides.
+        fp32, with the scale folded in. Rows may lie apart; the columns of one lie side by side.
         into="y": ys[s][t] += delta[s][t]; rows without adapter keep every bit.
         into="delta": ys[s][t] = delta[s][t], zero for rows without adapter, whatever was there.
         The shrunken rows A x may round to the compute dtype before and after the gate; in fp32

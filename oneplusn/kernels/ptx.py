@@ -12,13 +12,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _COMMENT = re.compile(r"//[^\n]*|^[ \t]*\.loc\b[^\n]*", re.MULTILINE)
-_ENTRY = re.compile(r"\.entry\s+(\w+)\([^)]*\)[^{]*\{")
-_LABEL = re.compile(r"\s*([$\w]+):(?!:)")
-_STATEMENT = re.compile(r"(@!?%\w+\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+_HEAD = re.compile(
+    r"\.(?P<kind>entry|func)\s+(?:\([^)]*\)\s*)?(?P<name>[\w$]+)\s*\([^)]*\)[^{;]*\{"
+)
+# Inline assembly may open and close a scope around its instructions.
+_LABEL = re.compile(r"[\s{}]*([$\w]+):(?!:)")
+_STATEMENT = re.compile(r"[\s{}]*(@!?%\w+\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _ADDRESS = re.compile(r"\[([^\]]*)\]")
 _NAME = re.compile(r"[%$\w]+")
+_SYMBOL = re.compile(r"(?<![%$\w])[%$_a-zA-Z][$\w]*")
+_ARGUMENT = re.compile(r"\bparam\d+\b")
 _SPACES = {"global", "shared", "param", "local", "const"}
 _ENDS = {"ret", "exit", "trap"}
+# Their results hold nothing of their operands' addresses.
+_UNRELATED = {"st", "red", "atom", "ld", "cp", "setp", "bra", "call", "mma", "wgmma", "ldmatrix"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ class _Statement:
 
 
 class Program:
-    """The instructions of one kernel, and the paths between them."""
+    """The instructions of one kernel, and the paths between them; calls are followed."""
 
     def __init__(self, ptx: str, pointers: Mapping[int, str]) -> None:
         """Read a kernel.
@@ -94,12 +101,12 @@ class Program:
             ptx: The text of a module with one kernel.
             pointers: Names of the arguments that are pointers, by their position.
         """
-        entry = _ENTRY.search(ptx)
-        assert entry is not None, ptx[:200]
-        statements, labels = _statements(_body(_COMMENT.sub("", ptx[entry.start() :])))
-        owners = _owners(
-            statements, {f"{entry[1]}_param_{i}": name for i, name in pointers.items()}
-        )
+        entry, functions = _functions(_COMMENT.sub("", ptx))
+        statements = [_Statement(guarded=False, parts=("entry",), operands="")]
+        labels = dict[str, int]()
+        _flatten(functions, entry, "", statements, labels)
+        owners = {f"{entry}_param_{i}": frozenset({name}) for i, name in pointers.items()}
+        _spread(statements, owners)
         self.instructions = tuple(
             Instruction(
                 parts=statement.parts,
@@ -128,62 +135,92 @@ class Program:
         return found
 
 
+def _functions(text: str) -> tuple[str, dict[str, str]]:
+    """Return the name of the kernel, and the bodies of all functions by name."""
+    bodies = dict[str, str]()
+    entry = ""
+    for head in _HEAD.finditer(text):
+        bodies[head["name"]] = _body(text[head.end() :])
+        if head["kind"] == "entry":
+            entry = head["name"]
+    return entry, bodies
+
+
 def _body(text: str) -> str:
-    """Return what stands between the braces of the first function."""
-    start = text.index("{")
-    depth = 0
+    """Return what stands before the brace that closes a function."""
+    depth = 1
     for brace in re.finditer(r"[{}]", text):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start + 1 : brace.start()]
+            return text[: brace.start()]
     raise AssertionError(text[-200:])
 
 
-def _statements(body: str) -> tuple[list[_Statement], dict[str, int]]:
-    """Return the instructions of a function, and which of them a label names."""
-    statements = [_Statement(guarded=False, parts=("entry",), operands="")]
-    labels = dict[str, int]()
-    for line in body.split(";"):
+def _flatten(
+    functions: Mapping[str, str],
+    name: str,
+    prefix: str,
+    statements: list[_Statement],
+    labels: dict[str, int],
+) -> None:
+    """Append the statements of a function, each call replaced by those of what it calls.
+
+    Args:
+        functions: Bodies by name.
+        name: The function.
+        prefix: Keeps the names in this copy of it apart from others.
+        statements: Receives the statements.
+        labels: Receives the number of the statement behind each label.
+    """
+    calls = 0
+    for line in functions[name].split(";"):
         text = line
         while label := _LABEL.match(text):
-            labels[label[1]] = len(statements)
+            labels[prefix + label[1]] = len(statements)
             text = text[label.end() :]
-        # Inline assembly may open and close a scope around its instructions.
-        if found := _STATEMENT.match(text.strip().lstrip("{} \t\n")):
-            guard, opcode, operands = found.groups()
-            statements.append(
-                _Statement(guard is not None, tuple(opcode.split(".")), operands.strip())
-            )
-    return statements, labels
+        found = _STATEMENT.match(text)
+        if found is None:
+            continue
+        guard, opcode, operands = found.groups()
+        callee = next((word for word in _NAME.findall(operands) if word in functions), None)
+        # Every call has arguments of the same names.
+        operands = _ARGUMENT.sub(rf"\g<0>_{calls}", operands.strip())
+        operands = _SYMBOL.sub(rf"{prefix}\g<0>", operands)
+        parts = tuple(opcode.split("."))
+        if parts[0] == "ret" and prefix:
+            parts, operands = ("bra",), f"{prefix}end"
+        statements.append(_Statement(guard is not None, parts, operands))
+        if parts[0] == "call":
+            calls += 1
+            if callee is not None:
+                inner = f"{prefix}{calls}_"
+                arguments = _NAME.findall(operands.rpartition("(")[2])
+                statements += [
+                    _Statement(False, ("mov",), f"{inner}{callee}_param_{i}, {argument}")
+                    for i, argument in enumerate(arguments)
+                ]
+                _flatten(functions, callee, inner, statements, labels)
+    labels[f"{prefix}end"] = len(statements)
 
 
-def _owners(
-    statements: Sequence[_Statement], arguments: Mapping[str, str]
-) -> dict[str, frozenset[str]]:
-    """Return which pointer arguments each register may derive from, wherever it is set."""
-    owners = dict[str, frozenset[str]]()
+def _spread(statements: Sequence[_Statement], owners: dict[str, frozenset[str]]) -> None:
+    """Add to `owners` the pointer arguments from which each register may derive."""
     changed = True
     while changed:
         changed = False
         for statement in statements:
-            derived = _derived(statement, owners, arguments)
+            derived = _derived(statement, owners)
             for register in statement.targets if derived else ():
                 known = owners.get(register, frozenset())
                 if not derived <= known:
                     owners[register] = known | derived
                     changed = True
-    return owners
 
 
-def _derived(
-    statement: _Statement, owners: Mapping[str, frozenset[str]], arguments: Mapping[str, str]
-) -> frozenset[str]:
+def _derived(statement: _Statement, owners: Mapping[str, frozenset[str]]) -> frozenset[str]:
     """Return the pointer arguments from which a statement's result derives."""
-    match statement.parts[0]:
-        case "ld" if "param" in statement.parts:
-            return frozenset(arguments[name] for name in statement.sources if name in arguments)
-        case "st" | "red" | "atom" | "ld" | "cp" | "setp" | "bra" | "mma" | "wgmma" | "ldmatrix":
-            return frozenset()
+    if statement.parts[0] in _UNRELATED and "param" not in statement.parts:
+        return frozenset()
     known = (owners[name] for name in statement.sources if name in owners)
     return frozenset[str]().union(*known)
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Literal, NamedTuple
 
-from oneplusn.kernels.ptx import UNKNOWN, Instruction, Program
+from oneplusn.kernels.ptx import UNKNOWN, Program
 
-Handover = Literal["counter", "shrink", "expand", "pdl shrink", "pdl expand"]
-"""How H is handed over: by a counter within one launch, or by one launch to the next, which with
-programmatic dependent launch (pdl) begins before the first has ended."""
+Handover = Literal["counter", "shrink", "expand", "none"]
+"""How H is handed over: by a counter within one launch, or from one launch to the next."""
 
 OUTPUTS = frozenset({"y0", "y1", "y2"})
 _ENTRY = 0
@@ -40,8 +39,9 @@ _PARTS = (
     Rule("planes_stores", "arrivals", "barriers", "a split arrives before all threads stored"),
     Rule("arrivals", "planes_stores", "tickets", "a part is stored after its split arrived"),
 )
-RULES: dict[Handover, tuple[Rule, ...]] = {
-    "counter": (
+# By hand-over, and whether launches overlap (programmatic dependent launch).
+RULES: dict[tuple[Handover, bool], tuple[Rule, ...]] = {
+    ("counter", False): (
         Rule("entry tickets", "h_loads", "polls", "H is read without a wait for its flag"),
         Rule("polls", "h_loads", "barriers", "H is read by threads that saw no flag"),
         Rule("h_loads", "polls", "tickets", "H is read within the wait"),
@@ -50,26 +50,30 @@ RULES: dict[Handover, tuple[Rule, ...]] = {
         Rule("polls", "y_loads", "tickets", "y is read behind the wait, not beside the shrink"),
         *_PARTS,
     ),
-    "shrink": _PARTS,
-    "expand": (),
-    "pdl shrink": (
+    ("shrink", False): _PARTS,
+    ("expand", False): (),
+    ("none", False): (),
+    ("shrink", True): (
         Rule("entry", "x_loads h_stores", "waits", "memory in use is touched before the wait"),
         Rule("entry", "releases", "waits", "the next launch begins before the last has ended"),
         *_PARTS,
     ),
-    "pdl expand": (
+    ("expand", True): (
         Rule("entry", "h_loads y_stores", "waits", "memory in use is touched before the wait"),
         Rule("waits", "y_loads", "", "y is read behind the wait, not beside the shrink"),
     ),
 }
 
 
-def order_faults(program: Program, handover: Handover, *, splits: bool, adds: bool) -> list[str]:
+def order_faults(
+    program: Program, handover: Handover, *, splits: bool, adds: bool, pdl: bool = False
+) -> list[str]:
     """Return what is wrong with the order of a kernel's accesses; nothing = it holds.
 
     Args:
         program: With the names that `triton_delta` gives to its arguments.
-        handover: Which rules apply.
+        handover: How H is handed over.
+        pdl: Whether the launch overlaps with its neighbours.
         splits: Whether chunks are summed from parts, so that there must be accesses to parts.
         adds: Whether outputs are added to, so that there must be loads of them.
     """
@@ -77,15 +81,14 @@ def order_faults(program: Program, handover: Handover, *, splits: bool, adds: bo
     absent = set() if splits else {"arrivals", "planes_loads", "planes_stores"}
     absent |= set() if adds else {"y_loads"}
     absent |= set() if handover == "counter" else {"tickets"}
-    rules = RULES[handover]
+    rules = RULES[handover, pdl]
     needed = {name for rule in rules for name in f"{rule.start} {rule.end}".split()} - absent
     faults = [f"no {name.replace('_', ' ')}" for name in sorted(needed) if not marks[name]]
     faults += [rule.fault for rule in rules if _breaks(program, marks, rule)]
-    instructions = [instruction for _, instruction in program]
-    if any(UNKNOWN in instruction.reads | instruction.writes for instruction in instructions):
+    if rules and marks["unknown"]:
         faults.append("an address derives from no argument, so its order cannot be known")
-    if any(instruction.reads & {"h", "planes"} and "nc" in instruction.parts for instruction in instructions):
-        faults.append("H or its parts are read through the cache that nobody updates")
+    if marks["stale"]:
+        faults.append("H or its parts are read through a cache that may hold what was there before")
     return faults
 
 
@@ -100,16 +103,18 @@ def _breaks(program: Program, marks: dict[str, Set[int]], rule: Rule) -> bool:
 def _marks(program: Program) -> dict[str, Set[int]]:
     """Return the sets of instructions that rules speak of."""
 
-    def where(*words: str, reads: Set[str] = frozenset(), writes: Set[str] = frozenset()) -> set[int]:
+    def where(
+        *words: str, reads: Set[str] | None = None, writes: Set[str] | None = None
+    ) -> set[int]:
         return {
             i
             for i, instruction in program
             if set(words) <= set(instruction.parts)
-            and (not reads or reads & instruction.reads)
-            and (not writes or writes & instruction.writes)
+            and (reads is None or reads & instruction.reads)
+            and (writes is None or writes & instruction.writes)
         }
 
-    control = {"control"}
+    control, unknown = {"control"}, {UNKNOWN}
     marks: dict[str, Set[int]] = {
         "entry": {_ENTRY},
         "barriers": {i for i, instruction in program if instruction.is_block_barrier},
@@ -120,6 +125,8 @@ def _marks(program: Program) -> dict[str, Set[int]]:
         "raises": where("release", writes=control),
         "y_loads": where(reads=OUTPUTS),
         "y_stores": where(writes=OUTPUTS),
+        "unknown": where(reads=unknown) | where(writes=unknown),
+        "stale": where("nc", reads={"h", "planes"}),
     }
     for name in ("x", "h", "planes"):
         marks[f"{name}_loads"] = where(reads={name})

@@ -1,4 +1,4 @@
-"""The delta on a GPU: shrink and expand in one launch, with pages shared by the rows of a tile.
+"""The Triton kernels of the delta: shrink and expand in one launch, and in two.
 
 A launch is a list of items. A *shrink* item reads one chunk (up to 64 rank rows of A) for one
 tile, one slice and one part of K; an *expand* item reads the tile's pages of B for one block of
@@ -12,19 +12,11 @@ else is in the batch and however many programs run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from oneplusn.kernels import device_plan, plan, tuning
-from oneplusn.kernels.device_plan import DevicePlan
-from oneplusn.kernels.plan import Plan, Site
-from oneplusn.kernels.tuning import Shape
+from oneplusn.kernels import device_plan, plan
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 PAGE = tl.constexpr(plan.PAGE)
@@ -34,8 +26,6 @@ PLACES = tl.constexpr(device_plan.PLACES)
 CHUNK_FIELDS = tl.constexpr(device_plan.CHUNK_FIELDS)
 TILE_FIELDS = tl.constexpr(device_plan.TILE_FIELDS)
 PLACE_FIELDS = tl.constexpr(device_plan.PLACE_FIELDS)
-MAX_SLICES = 3
-"""Outputs of a site; the kernels have so many pointers."""
 
 
 @triton.jit
@@ -71,7 +61,9 @@ def _gates(
     return tl.load(gates + first + rank_row[None, :], mask=used, other=0.0), used
 
 
-@triton.jit
+# A function of its own: inlined, what it shares with the expand is computed ahead of the loop over
+# tickets and held in registers, 168 instead of 128 of them.
+@triton.jit(noinline=True)
 def _shrink(
     item, x, a, h, planes, arrivals, flags,
     rows, slots, chunks, places, ks, run_first, run_rows, gate_first, gates,
@@ -103,7 +95,7 @@ def _shrink(
     a_rows = a + ((page.to(tl.int64) * S + s) * PAGE + lane % PAGE) * K
     x_rows = x + row.to(tl.int64) * x_stride
     acc = tl.zeros((BM, CHUNK), tl.float32)
-    for start in range(0, SPLIT_K, BK):
+    for start in range(0, tl.minimum(SPLIT_K, K - split * SPLIT_K), BK):
         k = split * SPLIT_K + start + tl.arange(0, BK)
         if EVEN_K:
             xs = tl.load(x_rows[:, None] + k[None, :], mask=live[:, None], other=0.0)
@@ -146,8 +138,9 @@ def _shrink(
 
 
 @triton.jit
-def _page_of_b(place, last_place, places, run_first, run_rows, b, N, column, live):
+def _page_of_b(place, last_place, tables, N, column, live):
     """Return one page of B `[16, BN]`; rank rows beyond the end of the run are zero."""
+    places, run_first, run_rows, b = tables
     inside = place < last_place
     run = tl.load(places + place * PLACE_FIELDS, mask=inside, other=0)
     index = tl.load(places + place * PLACE_FIELDS + 1, mask=inside, other=0)
@@ -177,6 +170,32 @@ def _num_blocks(N0, N1, N2, S: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _columns(block, N0, N1, N2, S: tl.constexpr, BN: tl.constexpr):
+    """Return the slice of a block, its columns there, and where among all N the slice begins."""
+    s, first_block, start = 0, 0, 0
+    if S > 1:
+        if block >= tl.cdiv(N0, BN):
+            s, first_block, start = 1, tl.cdiv(N0, BN), N0
+    if S > 2:
+        if block >= tl.cdiv(N0, BN) + tl.cdiv(N1, BN):
+            s, first_block, start = 2, tl.cdiv(N0, BN) + tl.cdiv(N1, BN), N0 + N1
+    return s, (block - first_block) * BN + tl.arange(0, BN), start
+
+
+@triton.jit
+def _one_of(s, of0, of1, of2, S: tl.constexpr):
+    """Return what belongs to slice s."""
+    chosen = of0
+    if S > 1:
+        if s == 1:
+            chosen = of1
+    if S > 2:
+        if s == 2:
+            chosen = of2
+    return chosen
+
+
+@triton.jit
 def _expand(
     item, b, y0, y1, y2, h, flags, rows, tiles, places, run_first, run_rows,
     N0, N1, N2, y0_stride, y1_stride, y2_stride, max_chunks,
@@ -189,39 +208,28 @@ def _expand(
     """
     blocks = _num_blocks(N0, N1, N2, S, BN)
     tile = item // blocks
-    block = item % blocks
-    s, y, y_stride, width, start, total = 0, y0, y0_stride, N0, 0, N0
-    first_block = 0
+    s, n, start = _columns(item % blocks, N0, N1, N2, S, BN)
+    y = _one_of(s, y0, y1, y2, S)
+    n_live = n < _one_of(s, N0, N1, N2, S)
+    column = start + n
+    total = N0
     if S > 1:
         total += N1
-        if block >= tl.cdiv(N0, BN):
-            s, y, y_stride, width, start = 1, y1, y1_stride, N1, N0
-            first_block = tl.cdiv(N0, BN)
     if S > 2:
         total += N2
-        if block >= tl.cdiv(N0, BN) + tl.cdiv(N1, BN):
-            s, y, y_stride, width, start = 2, y2, y2_stride, N2, N0 + N1
-            first_block = tl.cdiv(N0, BN) + tl.cdiv(N1, BN)
-    n = (block - first_block) * BN + tl.arange(0, BN)
-    n_live = n < width
     record = tiles + tile * TILE_FIELDS
     row, live = _rows_of(tl.load(record), tl.load(record + 1), rows, BM)
     first_place = tl.load(record + 2)
     last_place = first_place + tl.load(record + 3)
     first_chunk = tl.load(record + 4)
     num_chunks = tl.load(record + 5)
-    column = start + n
 
-    b0 = _page_of_b(first_place, last_place, places, run_first, run_rows, b, total, column, n_live)
-    b1 = _page_of_b(
-        first_place + 1, last_place, places, run_first, run_rows, b, total, column, n_live
-    )
-    b2 = _page_of_b(
-        first_place + 2, last_place, places, run_first, run_rows, b, total, column, n_live
-    )
-    b3 = _page_of_b(
-        first_place + 3, last_place, places, run_first, run_rows, b, total, column, n_live
-    )
+    tables = (places, run_first, run_rows, b)
+    b0 = _page_of_b(first_place, last_place, tables, total, column, n_live)
+    b1 = _page_of_b(first_place + 1, last_place, tables, total, column, n_live)
+    b2 = _page_of_b(first_place + 2, last_place, tables, total, column, n_live)
+    b3 = _page_of_b(first_place + 3, last_place, tables, total, column, n_live)
+    y_stride = _one_of(s, y0_stride, y1_stride, y2_stride, S)
     out = y + row.to(tl.int64)[:, None] * y_stride + n[None, :]
     mask = live[:, None] & n_live[None, :]
     if ADD:
@@ -245,9 +253,7 @@ def _expand(
             h_rows += BM * CHUNK
             for part in tl.static_range(PLACES):
                 place = first_place + chunk * PLACES + part
-                bs = _page_of_b(
-                    place, last_place, places, run_first, run_rows, b, total, column, n_live
-                )
+                bs = _page_of_b(place, last_place, tables, total, column, n_live)
                 acc = _add_page(acc, bs, h_rows, part)
     tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
 
@@ -339,139 +345,3 @@ def expand_kernel(
             item, b, y0, y1, y2, h, counts, rows, tiles, places, run_first, run_rows,
             N0, N1, N2, y0_stride, y1_stride, y2_stride, max_chunks, S, BM, BN, ADD, False, PDL,
         )  # fmt: skip
-
-
-def gated_delta(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    site: Site,
-    plan: Plan,
-    *,
-    into: Literal["y", "delta"] = "y",
-) -> None:
-    """Compute each adapted row's delta in one launch; see `ops.gated_delta`.
-
-    Semantics:
-        As the op. H = gate * (A x) is summed in fp32 and rounded once to the dtype of x; y + H B
-        is summed in fp32 in the order of the tile's runs, and rounded once. Equal rows give equal
-        bits in any batch with the same `max_tile_rows`.
-    """
-    if not plan.num_rows or (plan.empty and into == "y"):
-        return
-    launch(ys, x, site, site.workspace.stage(plan), into=into)
-
-
-class _Launch(NamedTuple):
-    """What both forms of a launch pass on, in the order of the kernels' arguments."""
-
-    ys: tuple[Tensor, Tensor, Tensor]
-    widths: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    splits: int
-    split_k: int
-    even_k: bool
-    num_shrinks: int
-    num_expands: int
-
-
-def launch(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    site: Site,
-    plan: DevicePlan,
-    *,
-    into: Literal["y", "delta"] = "y",
-    shape: Shape | None = None,
-    programs: int | None = None,
-) -> None:
-    """Launch `delta_kernel` on a plan that is on the device.
-
-    Args:
-        ys: As in `gated_delta`; the columns of every output lie side by side.
-        x: `[T, K]`, the columns side by side.
-        site: The resident experts.
-        plan: The step's grouping.
-        into: Whether outputs are added to, or overwritten.
-        shape: Block shapes, by default those of `tuning`.
-        programs: How many there are to draw tickets, by default as many as fit the device.
-    """
-    shape = shape or tuning.shape_of(site.spec, plan.tile_rows, x.device).shape
-    args = _arguments(ys, x, site, plan, shape)
-    h, planes, control = site.workspace.scratch(
-        plan, slices=len(ys), splits=args.splits, dtype=x.dtype
-    )
-    programs = programs or tuning.programs(shape, x.device)
-    table = site.table
-    delta_kernel[(min(programs, args.num_shrinks + args.num_expands),)](
-        x, site.a, site.b, *args.ys, h, planes, control,
-        *_sections(plan), table.run_first, table.run_rows, table.gate_first, table.gates,
-        site.spec.in_features, *args.widths, x.stride(0), *args.strides,
-        plan.capacity.tiles, plan.capacity.chunks,
-        S=len(ys), SPLITS=args.splits, SPLIT_K=args.split_k, EVEN_K=args.even_k,
-        BM=plan.tile_rows, BN=shape.block_n, BK=shape.block_k, ADD=into == "y",
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
-    )  # fmt: skip
-
-
-def launch_two(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    site: Site,
-    plan: DevicePlan,
-    *,
-    into: Literal["y", "delta"] = "y",
-    shape: Shape | None = None,
-    pdl: bool = False,
-) -> None:
-    """Compute the same as `launch` in two launches, bit for bit: what one must beat.
-
-    With `pdl` (programmatic dependent launch, sm_90), the second begins beside the first.
-    """
-    shape = shape or tuning.shape_of(site.spec, plan.tile_rows, x.device).shape
-    args = _arguments(ys, x, site, plan, shape)
-    h, planes, control = site.workspace.scratch(
-        plan, slices=len(ys), splits=args.splits, dtype=x.dtype
-    )
-    table = site.table
-    common = {"num_warps": shape.num_warps, "num_stages": shape.num_stages, "launch_pdl": pdl}
-    shrink_kernel[(max(1, args.num_shrinks),)](
-        x, site.a, h, planes, control,
-        *_sections(plan), table.run_first, table.run_rows, table.gate_first, table.gates,
-        site.spec.in_features, x.stride(0), plan.capacity.tiles, plan.capacity.chunks,
-        S=len(ys), SPLITS=args.splits, SPLIT_K=args.split_k, EVEN_K=args.even_k,
-        BM=plan.tile_rows, BK=shape.block_k, PDL=pdl, **common,
-    )  # fmt: skip
-    expand_kernel[(args.num_expands,)](
-        site.b, *args.ys, h,
-        plan.counts, plan.rows, plan.tiles, plan.places, table.run_first, table.run_rows,
-        *args.widths, *args.strides, plan.capacity.chunks,
-        S=len(ys), BM=plan.tile_rows, BN=shape.block_n, ADD=into == "y", PDL=pdl, **common,
-    )  # fmt: skip
-
-
-def _sections(plan: DevicePlan) -> tuple[Tensor, ...]:
-    tables = (plan.rows, plan.slots, plan.tiles, plan.chunks, plan.places, plan.ks)
-    return plan.counts, *tables
-
-
-def _arguments(
-    ys: Sequence[Tensor], x: Tensor, site: Site, plan: DevicePlan, shape: Shape
-) -> _Launch:
-    assert len(ys) <= MAX_SLICES, f"{site.spec.name} has {len(ys)} slices"
-    assert all(tensor.stride(1) == 1 for tensor in (x, *ys)), "columns must lie side by side"
-    K, missing = site.spec.in_features, MAX_SLICES - len(ys)
-    split_k = min(shape.split_k, triton.cdiv(K, shape.block_k) * shape.block_k)
-    splits = triton.cdiv(K, split_k)
-    blocks = sum(triton.cdiv(width, shape.block_n) for width in site.spec.slices)
-    y0, y1, y2 = (*ys, *[ys[0]] * missing)
-    n0, n1, n2 = (*site.spec.slices, *[0] * missing)
-    return _Launch(
-        ys=(y0, y1, y2),
-        widths=(n0, n1, n2),
-        strides=(y0.stride(0), y1.stride(0), y2.stride(0)),
-        splits=splits,
-        split_k=split_k,
-        even_k=K % split_k == 0 and split_k % shape.block_k == 0,
-        num_shrinks=plan.capacity.chunks * len(ys) * splits,
-        num_expands=plan.capacity.tiles * blocks,
-    )

@@ -100,12 +100,10 @@ def build_device_plan(
     Semantics:
         out = pack(build_plan(row_slots, slots, tile_rows=out.tile_rows), out.capacity)
         where `slots` is what was last written to `tables`; row_slots int32 [T], T <= 1,024.
-        Entries that `out.counts` does not name stay undefined. A row whose slot is not resident
-        counts as bare, where `build_plan` raises.
-        When the plan takes more than `out.capacity`, nothing is written beyond it and all four
-        counts become 0, a plan without tiles, which a kernel does nothing for; no other plan of
-        T > 0 rows has counts[1] = 0. The host prevents that before the launch: it
-        asks `out.capacity.holds(Capacity.of(plan))`, or makes the capacity one that any rows fit.
+        Entries that `out.counts` does not name are undefined. A row of no resident slot is bare.
+        A plan that takes more than `out.capacity` becomes one without tiles: its counts are 0, as
+        are those of no other plan of T > 0 rows, and nothing is written beyond the capacity. The
+        host prevents it before the launch, by `out.capacity.holds(Capacity.of(plan))`.
 
     Args:
         row_slots: The slot of each row.
@@ -151,7 +149,7 @@ def build_device_plan(
         out.ks,
         scratch,
         *capacity[1:],
-        TILES=triton.next_power_of_2(programs),
+        TILES=max(64, triton.next_power_of_2(programs)),
         **meta,
     )
 
@@ -271,14 +269,17 @@ def layout_kernel(
     tile = tl.program_id(0)
     num_tiles = tl.load(scratch + 1)
     j = tl.arange(0, TILES)
-    counted = (j < num_tiles) & (j < max_tiles)
-    tile_places = tl.load(tiles + j * _TILE + 3, mask=counted, other=0)
-    tile_chunks = tl.load(tiles + j * _TILE + 5, mask=counted, other=0)
-    tile_runs = tl.load(tiles + j * _TILE + 7, mask=counted, other=0)
-    tile_ks = tl.load(tiles + j * _TILE + 1, mask=counted, other=0) * tile_runs
-    num_chunks = tl.sum(tile_chunks, 0)
+    # With more tiles than there is room for, the launch before this one wrote none of them.
+    counted = (j < num_tiles) & (num_tiles <= max_tiles)
+    sizes = tl.load(tiles + j * _TILE + 3, mask=counted, other=0)
+    first_place, num_places = tl.sum(tl.where(j < tile, sizes, 0), 0), tl.sum(sizes, 0)
+    sizes = tl.load(tiles + j * _TILE + 5, mask=counted, other=0)
+    first_chunk, num_chunks = tl.sum(tl.where(j < tile, sizes, 0), 0), tl.sum(sizes, 0)
+    sizes = tl.load(tiles + j * _TILE + 1, mask=counted, other=0)
+    sizes *= tl.load(tiles + j * _TILE + 7, mask=counted, other=0)
+    first_k, num_ks = tl.sum(tl.where(j < tile, sizes, 0), 0), tl.sum(sizes, 0)
     fits = (num_tiles <= max_tiles) & (num_chunks <= max_chunks)
-    fits = fits & (tl.sum(tile_places, 0) <= max_places) & (tl.sum(tile_ks, 0) <= max_ks)
+    fits = fits & (num_places <= max_places) & (num_ks <= max_ks)
     if tile == 0:
         tl.store(counts, tl.where(fits, tl.load(scratch), 0))
         tl.store(counts + 1, tl.where(fits, num_tiles, 0))
@@ -286,9 +287,6 @@ def layout_kernel(
         tl.store(counts + 3, tl.where(fits, tl.load(scratch + 2), 0))
     if fits & (tile < num_tiles):
         fields = tiles + tile * _TILE
-        first_chunk = tl.sum(tl.where(j < tile, tile_chunks, 0), 0)
-        first_k = tl.sum(tl.where(j < tile, tile_ks, 0), 0)
-        first_place = tl.sum(tl.where(j < tile, tile_places, 0), 0)
         tl.store(fields + 2, first_place)
         tl.store(fields + 4, first_chunk)
         tl.store(fields + 6, first_k)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oneplusn.errors import ConfigError
-from oneplusn.kernels import cpu, ops, reference
+from oneplusn.kernels import cpu, ops, reference, triton_backend
 from oneplusn.kernels.plan import build_plan
 from site_builder import Cluster, build_world
 from tolerances import assert_delta_close
@@ -28,6 +28,8 @@ def _forget_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (None, "cpu", cpu.gated_delta),
         ("", "cpu", cpu.gated_delta),
         ("cpu", "cpu", cpu.gated_delta),
+        ("triton", "cpu", triton_backend.gated_delta),
+        (None, "cuda", triton_backend.gated_delta),
         ("reference", "cpu", reference.gated_delta),
         (None, "meta", reference.gated_delta),
     ],
@@ -42,7 +44,11 @@ def test_backend_of(
 
 @pytest.mark.parametrize(
     ("forced", "device", "choices"),
-    [("cuda", "cpu", "cpu, reference"), ("cpu", "meta", "reference")],
+    [
+        ("cuda", "cpu", "cpu, reference, triton"),
+        ("cpu", "cuda", "triton, reference"),
+        ("cpu", "meta", "reference"),
+    ],
 )
 def test_an_unknown_backend_is_refused_with_the_choices(
     forced: str, device: str, choices: str, monkeypatch: pytest.MonkeyPatch
@@ -58,7 +64,14 @@ def test_the_first_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.backend("cpu") is first
 
 
-@pytest.mark.parametrize("forced", ["cpu", "reference"])
+def test_triton_on_a_cpu_says_that_it_is_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEPLUSN_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="set TRITON_INTERPRET=1 too"):
+        ops.backend("cpu")
+
+
+@pytest.mark.parametrize("forced", ["cpu", "reference", "triton"])
 def test_the_op_computes_with_the_backend(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEPLUSN_KERNELS", forced)
     world = build_world([Cluster((4,), ((3,),))])

@@ -11,7 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneplusn.kernels.plan import ABSENT, MAX_RUNS, RunKey, SiteSpec, SiteTable, SlotInfo, build_plan
+from oneplusn.kernels.plan import (
+    ABSENT,
+    MAX_RUNS,
+    RunKey,
+    SiteSpec,
+    SiteTable,
+    SlotInfo,
+    build_plan,
+)
 
 
 def slot_info(

@@ -13,6 +13,7 @@ from oneplusn.adapters.pool import Pool
 from oneplusn.errors import ModelRefused, OneplusnError
 from oneplusn.kernels.cpu_attention import AttentionMeta
 from oneplusn.kernels.plan import BASE_SLOT, StepContext, StepHandle, build_plan
+from oneplusn.kernels.tuning import tile_rows
 from oneplusn.server.engine.attention import AttentionHook, KVCache, model_logits
 from oneplusn.server.engine.batch import StepBatch, build_batch
 from oneplusn.server.engine.model import LoadedModel
@@ -66,7 +67,8 @@ class Runner:
         self.hook.close()
 
     def _run(self, batch: StepBatch) -> Tensor:
-        plan = build_plan(batch.row_slots.tolist(), self._pool.slots)
+        row_slots = batch.row_slots.tolist()
+        plan = build_plan(row_slots, self._pool.slots, tile_rows=tile_rows(len(row_slots)))
         self._handle.current = StepContext(plan, _attention_meta(batch, self._block_size))
         try:
             logits = model_logits(

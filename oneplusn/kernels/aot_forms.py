@@ -1,0 +1,203 @@
+"""The forms in which the Triton kernels are launched, and what each must hold before it ever runs.
+
+    python -m oneplusn.kernels.aot_forms
+
+compiles every form for every target with the Triton that this process finds, and prints one JSON
+object a line. `oneplusn.server.tools.kernel_report` does so for several versions of Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from oneplusn.kernels import triton_delta, triton_plan, tuning
+from oneplusn.kernels.aot import DEVICES, Facts, compile_kernel
+from oneplusn.kernels.plan import MAX_RUNS, SiteSpec
+from oneplusn.kernels.ptx_order import Handover, order_faults
+from oneplusn.kernels.tuning import Shape
+
+# Llama-3-8B: three slices, two, and one whose K is cut into the most parts.
+QKV = SiteSpec("q+k+v", 4096, (4096, 1024, 1024), ("q", "k", "v"))
+GATE_UP = SiteSpec("gate+up", 4096, (14336, 14336), ("gate", "up"))
+DOWN = SiteSpec("down", 14336, (4096,), ("down",))
+
+
+class Limit(NamedTuple):
+    """Registers that a thread may take, and why."""
+
+    registers: int
+    reason: str
+
+
+# Blocks of a multiprocessor share 65,536 registers, which are handed out in eights per thread.
+DECODE = Limit(168, "three blocks of 4 warps: one waits, one loads, one multiplies")
+PREFILL = Limit(255, "two blocks of 4 warps, and no more registers have names")
+SHRINK = Limit(128, "four blocks of 4 warps: their copies together keep the memory busy")
+EXPAND = Limit(96, "five blocks of 4 warps: it streams B and computes little")
+PLAN = Limit(64, "one block with nothing beside it: more would mean a table kept in registers")
+
+
+class Form(NamedTuple):
+    """One kernel as it is launched, and what is asked of it.
+
+    Attributes:
+        label: Which step and site it serves.
+        kernel: The jitted function.
+        constexprs: Its compile-time arguments, but for PDL.
+        limit: Registers.
+        handover: How H gets from shrink to expand.
+        num_warps: Of a block.
+        num_stages: Of the software pipeline.
+        programs: Blocks that a launch puts on a multiprocessor.
+    """
+
+    label: str
+    kernel: Any
+    constexprs: Mapping[str, Any]
+    limit: Limit
+    handover: Handover = "none"
+    num_warps: int = 4
+    num_stages: int = 3
+    programs: int = 1
+
+    def pdl(self, capability: int) -> bool:
+        """Tell whether launches of this form overlap on a device."""
+        return "PDL" in self.kernel.arg_names and capability >= 90
+
+    def compiled(self, capability: int) -> Facts:
+        """Compile the form for a target."""
+        pdl = self.pdl(capability)
+        chained = {"PDL": pdl} if "PDL" in self.kernel.arg_names else {}
+        return compile_kernel(
+            self.kernel,
+            {**self.constexprs, **chained},
+            capability=capability,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            pdl=pdl,
+        )
+
+    def order_faults(self, facts: Facts) -> list[str]:
+        """Return what is wrong with the order in which H and its parts are left and found."""
+        return order_faults(
+            facts.program,
+            self.handover,
+            splits=self.constexprs.get("SPLITS", 1) > 1,
+            adds=self.constexprs.get("ADD", False),
+            pdl=self.pdl(facts.capability),
+        )
+
+    def faults(self, facts: Facts) -> list[str]:
+        """Return what the form does not hold; nothing = it may be launched."""
+        wanted = self._matrix_units(facts.capability)
+        blocks = facts.blocks_per_multiprocessor
+        checks = {
+            f"{facts.spill_bytes} bytes spilled to a stack of {facts.stack_bytes}": (
+                facts.spill_bytes or facts.stack_bytes
+            ),
+            f"{facts.registers} registers, limit {self.limit.registers}": (
+                facts.registers > self.limit.registers
+            ),
+            f"{blocks} blocks fit, {self.programs} are launched": blocks < self.programs,
+            f"multiplies by {facts.matrix_units}, not {wanted}": facts.matrix_units != wanted,
+            "no asynchronous copies": wanted != "none" and not facts.async_copies,
+        }
+        return [fault for fault, broken in checks.items() if broken] + self.order_faults(facts)
+
+    def _matrix_units(self, capability: int) -> str:
+        """Return the instruction that a kernel of this form should multiply with."""
+        if "BM" not in self.constexprs:
+            return "none"
+        # A warp group multiplies at least 64 rows at once.
+        return "HGMMA" if capability >= 90 and self.constexprs["BM"] >= 64 else "HMMA"
+
+
+def _shape(spec: SiteSpec, rows: int) -> Shape:
+    return tuning.shape_of(spec, rows, torch.device("cuda")).shape
+
+
+def _shrink_constexprs(spec: SiteSpec, rows: int) -> dict[str, Any]:
+    shape, width = _shape(spec, rows), spec.in_features
+    split_k = min(shape.split_k, triton.cdiv(width, shape.block_k) * shape.block_k)
+    return {
+        "S": spec.num_slices,
+        "SPLITS": triton.cdiv(width, split_k),
+        "SPLIT_K": split_k,
+        "EVEN_K": width % split_k == 0 and split_k % shape.block_k == 0,
+        "BM": rows,
+        "BK": shape.block_k,
+    }
+
+
+def _expand_constexprs(spec: SiteSpec, rows: int, *, adds: bool) -> dict[str, Any]:
+    block_n = _shape(spec, rows).block_n
+    return {"S": spec.num_slices, "BM": rows, "BN": block_n, "ADD": adds}
+
+
+def _one_launch(step: str, spec: SiteSpec, rows: int, limit: Limit, *, adds: bool = True) -> Form:
+    shape = _shape(spec, rows)
+    return Form(
+        f"{step} {spec.name}{'' if adds else ', delta alone'}",
+        triton_delta.delta_kernel,
+        _shrink_constexprs(spec, rows) | _expand_constexprs(spec, rows, adds=adds),
+        limit,
+        "counter",
+        shape.num_warps,
+        shape.num_stages,
+        shape.programs,
+    )
+
+
+def forms() -> list[Form]:
+    """Return the forms, as `tuning` shapes them for Llama-3-8B."""
+    candidates = (16 * MAX_RUNS - 1).bit_length()
+    return [
+        _one_launch("decode", QKV, 16, DECODE),
+        _one_launch("decode", GATE_UP, 16, DECODE),
+        _one_launch("decode", DOWN, 16, DECODE, adds=False),
+        _one_launch("prefill", GATE_UP, 64, PREFILL),
+        _one_launch("prefill", DOWN, 64, PREFILL),
+        Form(
+            f"decode {QKV.name}, shrink",
+            triton_delta.shrink_kernel,
+            _shrink_constexprs(QKV, 16),
+            SHRINK,
+            "shrink",
+        ),
+        Form(
+            f"decode {QKV.name}, expand",
+            triton_delta.expand_kernel,
+            _expand_constexprs(QKV, 16, adds=True),
+            EXPAND,
+            "expand",
+        ),
+        Form("plan: sort", triton_plan.sort_kernel, {"TILE_ROWS": 16, "LOG": 8}, PLAN),
+        Form("plan: unite", triton_plan.union_kernel, {"LOG": candidates}, PLAN),
+        Form("plan: lay out", triton_plan.layout_kernel, {"LOG": candidates, "TILES": 32}, PLAN),
+    ]
+
+
+def main() -> None:
+    """Compile all forms; print a line of JSON for each as it is done."""
+    for capability in sorted(DEVICES, reverse=True):
+        for form in forms():
+            facts = form.compiled(capability)
+            row = {
+                "form": form.label,
+                **facts.summary(),
+                "handover": form.handover,
+                "order": "broken" if form.order_faults(facts) else "holds",
+                "faults": form.faults(facts),
+            }
+            sys.stdout.write(f"{json.dumps(row)}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
