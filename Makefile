@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OTHER_TRITON := $(VENV)/triton-3.6/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # Keep the current folder off sys.path: kernels/ and adapters/ are names of other packages.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test check fmt lint types bench clean
+.PHONY: help install serve demo test check fmt lint types bench other-triton kernel-report gpu-smoke clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	touch $@
 
+$(OTHER_TRITON): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.6.0
+	touch $@
+
 install: $(STAMP) ## make .venv with the pinned versions
 
 serve: $(STAMP) ## serve the demo model on 127.0.0.1
@@ -28,7 +33,7 @@ serve: $(STAMP) ## serve the demo model on 127.0.0.1
 demo: $(STAMP) ## serve the demo model and send it one mixed batch
 	$(BIN)/oneplusn demo
 
-test: $(STAMP) ## run the tests that need no GPU and no minutes
+test: $(STAMP) $(OTHER_TRITON) ## run the tests that need no GPU and no minutes
 	$(BIN)/pytest
 
 check: lint types test ## what CI runs: lint, types, tests
@@ -46,6 +51,11 @@ types: $(STAMP) ## mypy in strict mode
 
 bench: $(STAMP) ## measure throughput and latency, and print where
 	$(BIN)/python -m oneplusn.loadtest.bench
+
+other-triton: $(OTHER_TRITON) ## the oldest Triton, for the kernel report and its test
+
+kernel-report: $(STAMP) $(OTHER_TRITON) ## what the GPU kernels compile to, and whether it holds
+	$(BIN)/python -m oneplusn.server.tools.kernel_report
 
 clean: ## remove .venv and every cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -133,6 +133,7 @@ def compile_kernel(
     capability: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    max_registers: int | None = None,
     pdl: bool = False,
 ) -> Facts:
     """Compile a kernel as a launch with wide shapes would.
@@ -143,6 +144,7 @@ def compile_kernel(
         capability: Compute capability, 80 or 90.
         num_warps: Of a block.
         num_stages: Of the software pipeline.
+        max_registers: Bound that the launch sets; the assembler chooses below it.
         pdl: Whether it is launched by programmatic dependent launch.
     """
     arguments = [
@@ -160,7 +162,12 @@ def compile_kernel(
             if not argument.do_not_specialize
         },
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": pdl}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "maxnreg": max_registers,
+        "launch_pdl": pdl,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     pointers = {i: name for i, (name, kind) in enumerate(types.items()) if kind.startswith("*")}
     text = _disassemble(compiled.asm["cubin"])

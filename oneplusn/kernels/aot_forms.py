@@ -13,9 +13,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-import triton
-
 from oneplusn.kernels import triton_delta, triton_plan, tuning
 from oneplusn.kernels.aot import DEVICES, Facts, compile_kernel
 from oneplusn.kernels.plan import MAX_RUNS, SiteSpec
@@ -55,6 +52,7 @@ class Form(NamedTuple):
         num_warps: Of a block.
         num_stages: Of the software pipeline.
         programs: Blocks that a launch puts on a multiprocessor.
+        max_registers: Bound that a launch sets; None leaves the choice to the assembler.
     """
 
     label: str
@@ -65,6 +63,7 @@ class Form(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     programs: int = 1
+    max_registers: int | None = None
 
     def pdl(self, capability: int) -> bool:
         """Tell whether launches of this form overlap on a device."""
@@ -80,6 +79,7 @@ class Form(NamedTuple):
             capability=capability,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            max_registers=self.max_registers,
             pdl=pdl,
         )
 
@@ -94,7 +94,7 @@ class Form(NamedTuple):
         )
 
     def faults(self, facts: Facts) -> list[str]:
-        """Return what the form does not hold; nothing = it may be launched."""
+        """Return which figures are not as they should be; nothing = it may be launched."""
         wanted = self._matrix_units(facts.capability)
         blocks = facts.blocks_per_multiprocessor
         checks = {
@@ -108,7 +108,7 @@ class Form(NamedTuple):
             f"multiplies by {facts.matrix_units}, not {wanted}": facts.matrix_units != wanted,
             "no asynchronous copies": wanted != "none" and not facts.async_copies,
         }
-        return [fault for fault, broken in checks.items() if broken] + self.order_faults(facts)
+        return [fault for fault, broken in checks.items() if broken]
 
     def _matrix_units(self, capability: int) -> str:
         """Return the instruction that a kernel of this form should multiply with."""
@@ -118,82 +118,81 @@ class Form(NamedTuple):
         return "HGMMA" if capability >= 90 and self.constexprs["BM"] >= 64 else "HMMA"
 
 
-def _shape(spec: SiteSpec, rows: int) -> Shape:
-    return tuning.shape_of(spec, rows, torch.device("cuda")).shape
-
-
-def _shrink_constexprs(spec: SiteSpec, rows: int) -> dict[str, Any]:
-    shape, width = _shape(spec, rows), spec.in_features
-    split_k = min(shape.split_k, triton.cdiv(width, shape.block_k) * shape.block_k)
+def _shrink_constexprs(spec: SiteSpec, rows: int, shape: Shape) -> dict[str, Any]:
     return {
         "S": spec.num_slices,
-        "SPLITS": triton.cdiv(width, split_k),
-        "SPLIT_K": split_k,
-        "EVEN_K": width % split_k == 0 and split_k % shape.block_k == 0,
+        "SPLITS": shape.splits(spec.in_features),
+        "SPLIT_K": shape.split_k,
+        "EVEN_K": shape.even(spec.in_features),
         "BM": rows,
         "BK": shape.block_k,
     }
 
 
-def _expand_constexprs(spec: SiteSpec, rows: int, *, adds: bool) -> dict[str, Any]:
-    block_n = _shape(spec, rows).block_n
-    return {"S": spec.num_slices, "BM": rows, "BN": block_n, "ADD": adds}
+def _expand_constexprs(spec: SiteSpec, rows: int, shape: Shape, *, adds: bool) -> dict[str, Any]:
+    return {"S": spec.num_slices, "BM": rows, "BN": shape.block_n, "ADD": adds}
 
 
-def _one_launch(step: str, spec: SiteSpec, rows: int, limit: Limit, *, adds: bool = True) -> Form:
-    shape = _shape(spec, rows)
+def _one_launch(spec: SiteSpec, rows: int, capability: int, *, adds: bool = True) -> Form:
+    shape = tuning.shape_for(spec, rows, capability)
+    step = "decode" if rows == 16 else "prefill"
     return Form(
         f"{step} {spec.name}{'' if adds else ', delta alone'}",
         triton_delta.delta_kernel,
-        _shrink_constexprs(spec, rows) | _expand_constexprs(spec, rows, adds=adds),
-        limit,
+        _shrink_constexprs(spec, rows, shape) | _expand_constexprs(spec, rows, shape, adds=adds),
+        DECODE if rows == 16 else PREFILL,
         "counter",
         shape.num_warps,
         shape.num_stages,
         shape.programs,
+        shape.max_registers,
     )
 
 
-def forms() -> list[Form]:
-    """Return the forms, as `tuning` shapes them for Llama-3-8B."""
+def _two_launches(spec: SiteSpec, rows: int, capability: int) -> list[Form]:
+    shape = tuning.shape_for(spec, rows, capability)
+    shrink = _shrink_constexprs(spec, rows, shape)
+    expand = _expand_constexprs(spec, rows, shape, adds=True)
+    sizes = shape.num_warps, shape.num_stages
+    return [
+        Form("shrink apart", triton_delta.shrink_kernel, shrink, SHRINK, "shrink", *sizes),
+        Form("expand apart", triton_delta.expand_kernel, expand, EXPAND, "expand", *sizes),
+    ]
+
+
+def forms(capability: int) -> list[Form]:
+    """Return the forms, as `tuning` shapes them for Llama-3-8B on devices of this capability."""
     candidates = (16 * MAX_RUNS - 1).bit_length()
     return [
-        _one_launch("decode", QKV, 16, DECODE),
-        _one_launch("decode", GATE_UP, 16, DECODE),
-        _one_launch("decode", DOWN, 16, DECODE, adds=False),
-        _one_launch("prefill", GATE_UP, 64, PREFILL),
-        _one_launch("prefill", DOWN, 64, PREFILL),
-        Form(
-            f"decode {QKV.name}, shrink",
-            triton_delta.shrink_kernel,
-            _shrink_constexprs(QKV, 16),
-            SHRINK,
-            "shrink",
-        ),
-        Form(
-            f"decode {QKV.name}, expand",
-            triton_delta.expand_kernel,
-            _expand_constexprs(QKV, 16, adds=True),
-            EXPAND,
-            "expand",
-        ),
+        _one_launch(QKV, 16, capability),
+        _one_launch(GATE_UP, 16, capability),
+        _one_launch(DOWN, 16, capability, adds=False),
+        _one_launch(GATE_UP, 64, capability),
+        _one_launch(DOWN, 64, capability),
+        *_two_launches(QKV, 16, capability),
         Form("plan: sort", triton_plan.sort_kernel, {"TILE_ROWS": 16, "LOG": 8}, PLAN),
         Form("plan: unite", triton_plan.union_kernel, {"LOG": candidates}, PLAN),
-        Form("plan: lay out", triton_plan.layout_kernel, {"LOG": candidates, "TILES": 32}, PLAN),
+        Form("plan: lay out", triton_plan.layout_kernel, {"LOG": candidates, "TILES": 64}, PLAN),
     ]
+
+
+def num_forms() -> int:
+    """Return how many kernels are compiled for all targets together."""
+    return sum(len(forms(capability)) for capability in DEVICES)
 
 
 def main() -> None:
     """Compile all forms; print a line of JSON for each as it is done."""
     for capability in sorted(DEVICES, reverse=True):
-        for form in forms():
+        for form in forms(capability):
             facts = form.compiled(capability)
+            order_faults = form.order_faults(facts)
             row = {
                 "form": form.label,
                 **facts.summary(),
                 "handover": form.handover,
-                "order": "broken" if form.order_faults(facts) else "holds",
-                "faults": form.faults(facts),
+                "order": "broken" if order_faults else "holds",
+                "faults": form.faults(facts) + order_faults,
             }
             sys.stdout.write(f"{json.dumps(row)}\n")
             sys.stdout.flush()

@@ -189,17 +189,19 @@ def _flatten(
         parts = tuple(opcode.split("."))
         if parts[0] == "ret" and prefix:
             parts, operands = ("bra",), f"{prefix}end"
-        statements.append(_Statement(guard is not None, parts, operands))
-        if parts[0] == "call":
-            calls += 1
-            if callee is not None:
-                inner = f"{prefix}{calls}_"
-                arguments = _NAME.findall(operands.rpartition("(")[2])
-                statements += [
-                    _Statement(False, ("mov",), f"{inner}{callee}_param_{i}, {argument}")
-                    for i, argument in enumerate(arguments)
-                ]
-                _flatten(functions, callee, inner, statements, labels)
+        if parts[0] != "call" or callee is None:
+            statements.append(_Statement(guard is not None, parts, operands))
+            continue
+        calls += 1
+        inner = f"{prefix}{calls}_"
+        if guard:
+            statements.append(_Statement(True, ("bra",), f"{inner}end"))
+        arguments = _NAME.findall(operands.rpartition("(")[2])
+        statements += [
+            _Statement(False, ("mov",), f"{inner}{callee}_param_{i}, {argument}")
+            for i, argument in enumerate(arguments)
+        ]
+        _flatten(functions, callee, inner, statements, labels)
     labels[f"{prefix}end"] = len(statements)
 
 

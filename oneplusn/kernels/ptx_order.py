@@ -33,6 +33,7 @@ class Rule(NamedTuple):
     fault: str
 
 
+_TOUCHED = "memory in use is touched before the wait"
 _PARTS = (
     Rule("entry tickets", "planes_loads", "arrivals", "a part is read before its split arrived"),
     Rule("arrivals", "planes_loads", "barriers", "parts are read by threads that saw no arrival"),
@@ -54,12 +55,12 @@ RULES: dict[tuple[Handover, bool], tuple[Rule, ...]] = {
     ("expand", False): (),
     ("none", False): (),
     ("shrink", True): (
-        Rule("entry", "x_loads h_stores", "waits", "memory in use is touched before the wait"),
+        Rule("entry", "x_loads h_stores planes_stores arrivals", "waits", _TOUCHED),
         Rule("entry", "releases", "waits", "the next launch begins before the last has ended"),
         *_PARTS,
     ),
     ("expand", True): (
-        Rule("entry", "h_loads y_stores", "waits", "memory in use is touched before the wait"),
+        Rule("entry", "h_loads y_stores", "waits", _TOUCHED),
         Rule("waits", "y_loads", "", "y is read behind the wait, not beside the shrink"),
     ),
 }

@@ -48,7 +48,6 @@ class _Launch(NamedTuple):
     widths: tuple[int, int, int]
     strides: tuple[int, int, int]
     splits: int
-    split_k: int
     even_k: bool
     num_shrinks: int
     num_expands: int
@@ -75,7 +74,7 @@ def launch(
         shape: Block shapes, by default those of `tuning`.
         programs: How many there are to draw tickets, by default as many as fit the device.
     """
-    shape = shape or tuning.shape_of(site.spec, plan.tile_rows, x.device).shape
+    shape = shape or tuning.shape_of(site.spec, plan.tile_rows, x.device)
     args = _arguments(ys, x, site, plan, shape)
     h, planes, control = site.workspace.scratch(
         plan, slices=len(ys), splits=args.splits, dtype=x.dtype
@@ -87,9 +86,9 @@ def launch(
         *_sections(plan), table.run_first, table.run_rows, table.gate_first, table.gates,
         site.spec.in_features, *args.widths, x.stride(0), *args.strides,
         plan.capacity.tiles, plan.capacity.chunks,
-        S=len(ys), SPLITS=args.splits, SPLIT_K=args.split_k, EVEN_K=args.even_k,
+        S=len(ys), SPLITS=args.splits, SPLIT_K=shape.split_k, EVEN_K=args.even_k,
         BM=plan.tile_rows, BN=shape.block_n, BK=shape.block_k, ADD=into == "y",
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, maxnreg=shape.max_registers,
     )  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def launch_two(
 
     With `pdl` (programmatic dependent launch, sm_90), the second begins beside the first.
     """
-    shape = shape or tuning.shape_of(site.spec, plan.tile_rows, x.device).shape
+    shape = shape or tuning.shape_of(site.spec, plan.tile_rows, x.device)
     args = _arguments(ys, x, site, plan, shape)
     h, planes, control = site.workspace.scratch(
         plan, slices=len(ys), splits=args.splits, dtype=x.dtype
@@ -118,7 +117,7 @@ def launch_two(
         x, site.a, h, planes, control,
         *_sections(plan), table.run_first, table.run_rows, table.gate_first, table.gates,
         site.spec.in_features, x.stride(0), plan.capacity.tiles, plan.capacity.chunks,
-        S=len(ys), SPLITS=args.splits, SPLIT_K=args.split_k, EVEN_K=args.even_k,
+        S=len(ys), SPLITS=args.splits, SPLIT_K=shape.split_k, EVEN_K=args.even_k,
         BM=plan.tile_rows, BK=shape.block_k, PDL=pdl, **common,
     )  # fmt: skip
     expand_kernel[(args.num_expands,)](
@@ -139,9 +138,8 @@ def _arguments(
 ) -> _Launch:
     assert len(ys) <= MAX_SLICES, f"{site.spec.name} has {len(ys)} slices"
     assert all(tensor.stride(1) == 1 for tensor in (x, *ys)), "columns must lie side by side"
-    K, missing = site.spec.in_features, MAX_SLICES - len(ys)
-    split_k = min(shape.split_k, triton.cdiv(K, shape.block_k) * shape.block_k)
-    splits = triton.cdiv(K, split_k)
+    missing = MAX_SLICES - len(ys)
+    splits = shape.splits(site.spec.in_features)
     blocks = sum(triton.cdiv(width, shape.block_n) for width in site.spec.slices)
     y0, y1, y2 = (*ys, *[ys[0]] * missing)
     n0, n1, n2 = (*site.spec.slices, *[0] * missing)
@@ -150,8 +148,7 @@ def _arguments(
         widths=(n0, n1, n2),
         strides=(y0.stride(0), y1.stride(0), y2.stride(0)),
         splits=splits,
-        split_k=split_k,
-        even_k=K % split_k == 0 and split_k % shape.block_k == 0,
+        even_k=shape.even(site.spec.in_features),
         num_shrinks=plan.capacity.chunks * len(ys) * splits,
         num_expands=plan.capacity.tiles * blocks,
     )

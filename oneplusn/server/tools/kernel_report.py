@@ -21,8 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from oneplusn.errors import ConfigError, OneplusnError
-from oneplusn.kernels.aot import DEVICES
-from oneplusn.kernels.aot_forms import forms
+from oneplusn.kernels.aot_forms import num_forms
 
 INSTALLED = "installed"
 OTHER = Path(sys.prefix, "triton-3.6")
@@ -57,9 +56,9 @@ def report(tritons: Sequence[str]) -> list[Row]:
     """
     for folder in tritons:
         if folder != INSTALLED and not Path(folder, "triton").is_dir():
-            msg = f"{folder} holds no Triton: run `make {OTHER.name}`, or give --triton {INSTALLED}"
+            msg = f"{folder} holds no Triton: run `make other-triton`, or give --triton {INSTALLED}"
             raise ConfigError(msg)
-    total = len(forms()) * len(DEVICES) * len(tritons)
+    total = num_forms() * len(tritons)
     with tqdm(total=total, unit="kernel", file=sys.stderr) as bar, ThreadPoolExecutor(2) as pool:
 
         def rows_of(triton: str) -> list[Row]:
