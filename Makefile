@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A GPU machine may bring its own Python with torch and Triton, into which nothing is installed.
+PYTHON_GPU ?= $(BIN)/python
 OTHER_TRITON := $(VENV)/triton-3.6/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -56,6 +58,9 @@ other-triton: $(OTHER_TRITON) ## the oldest Triton, for the kernel report and it
 
 kernel-report: $(STAMP) $(OTHER_TRITON) ## what the GPU kernels compile to, and whether it holds
 	$(BIN)/python -m oneplusn.server.tools.kernel_report
+
+gpu-smoke: $(if $(filter $(BIN)/%,$(PYTHON_GPU)),$(STAMP)) ## check and time the kernels on a GPU; without one, a dry run
+	PYTHONPATH=$(CURDIR) $(PYTHON_GPU) -m oneplusn.kernels.smoke $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -57,6 +57,7 @@ class Choice(NamedTuple):
         capability: Least compute capability, as major * 10 + minor.
         tile_rows: Largest number of rows of the plan's tiles.
         min_columns: Least number N of columns of all slices.
+        min_features: Least width K of x.
         shape: What to use; its `split_k` is a goal, see `even_split`.
         reason: The figure or the estimate that chose it.
     """
@@ -64,6 +65,7 @@ class Choice(NamedTuple):
     capability: int
     tile_rows: int
     min_columns: int
+    min_features: int
     shape: Shape
     reason: str
 
@@ -73,6 +75,7 @@ TABLE = (
         90,
         16,
         16_384,
+        0,
         Shape(256, 128, 512, num_warps=4, num_stages=3, programs=2),
         "estimate: 28,672 columns in blocks of 128 are 224 tickets a tile, each about a "
         "microsecond of metadata and waiting; blocks of 256 halve them, at 142 registers",
@@ -80,6 +83,7 @@ TABLE = (
     Choice(
         80,
         16,
+        0,
         0,
         Shape(128, 128, 512, num_warps=4, num_stages=3, programs=2, max_registers=168),
         "estimate: eight parts of K = 4,096 give 64 to 192 shrink items for eight chunks, one "
@@ -89,6 +93,7 @@ TABLE = (
         80,
         64,
         0,
+        0,
         Shape(128, 64, 2048, num_warps=4, num_stages=3, programs=2, max_registers=255),
         "estimate: 2,048 rows are 32 tiles or more, so two parts of K = 4,096 fill 132 "
         "multiprocessors; more would only add planes",
@@ -97,6 +102,7 @@ TABLE = (
 INTERPRETED = Choice(
     0,
     16,
+    0,
     0,
     Shape(block_n=32, block_k=32, split_k=64, num_warps=1, num_stages=1, programs=1),
     "for tests: several blocks and parts at the widths of a tiny model",
@@ -110,8 +116,8 @@ def tile_rows(num_rows: int) -> int:
     return 16 if num_rows <= DECODE_ROWS else 64
 
 
-def choice_of(columns: int, tile_rows: int, capability: int) -> Choice:
-    """Return the row of the table for a site with `columns`, on a device of this capability.
+def choice_of(spec: SiteSpec, tile_rows: int, capability: int) -> Choice:
+    """Return the row of the table for a site, on a device of this capability.
 
     Semantics:
         capability: major * 10 + minor; 0 is the interpreter. Devices older than sm_80 take what
@@ -123,7 +129,8 @@ def choice_of(columns: int, tile_rows: int, capability: int) -> Choice:
         if (
             max(capability, 80) >= choice.capability
             and tile_rows <= choice.tile_rows
-            and columns >= choice.min_columns
+            and spec.out_features >= choice.min_columns
+            and spec.in_features >= choice.min_features
         ):
             return choice
     msg = f"no block shapes for tiles of {tile_rows} rows; the table has up to 64"
@@ -150,7 +157,7 @@ def shape_of(spec: SiteSpec, tile_rows: int, device: torch.device) -> Shape:
 
 def shape_for(spec: SiteSpec, tile_rows: int, capability: int) -> Shape:
     """Return the same for a device that need not be there."""
-    shape = choice_of(spec.out_features, tile_rows, capability).shape
+    shape = choice_of(spec, tile_rows, capability).shape
     split_k = even_split(spec.in_features, shape.block_k, shape.split_k)
     return shape._replace(split_k=split_k)
 

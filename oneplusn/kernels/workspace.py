@@ -37,6 +37,11 @@ class Workspace:
         self._device = torch.device(device)
         self._staged: tuple[Plan, DevicePlan] | None = None
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Let nothing grow from now on: a captured graph holds the addresses of the buffers."""
+        self._frozen = True
 
     def stage(self, plan: Plan) -> DevicePlan:
         """Return the plan in device memory; the copy is made once per plan, not once per site."""
@@ -58,6 +63,7 @@ class Workspace:
     def _at_least(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         buffer = self._buffers.get((name, dtype))
         if buffer is None or len(buffer) < size:
+            assert not self._frozen, f"{name} has to grow to {size} after a graph was captured"
             size = 1 << (size - 1).bit_length()
             buffer = torch.zeros(size, dtype=dtype, device=self._device)
             self._buffers[name, dtype] = buffer

@@ -157,10 +157,3 @@ def test_an_empty_batch_launches_nothing() -> None:
     y = torch.zeros(0, 16)
     plan = build_plan([], batch.world.slots)
     triton_backend.gated_delta([y], batch.x, batch.world.site, plan, into="delta")
-
-
-def test_a_plan_is_copied_once_for_all_sites() -> None:
-    batch = mixed()
-    workspace = batch.world.site.workspace
-    plan = build_plan(batch.row_slots, batch.world.slots)
-    assert workspace.stage(plan) is workspace.stage(plan)

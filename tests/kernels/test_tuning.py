@@ -48,7 +48,7 @@ def test_even_split_of(in_features: int, block_k: int, goal: int, expected: int)
 def test_choice_of(
     columns: int, tile_rows: int, capability: int, block_n: int, block_k: int
 ) -> None:
-    shape = tuning.choice_of(columns, tile_rows, capability).shape
+    shape = tuning.choice_of(SiteSpec("site", 64, (columns,), ("m",)), tile_rows, capability).shape
     assert (shape.block_n, shape.block_k) == (block_n, block_k)
 
 
