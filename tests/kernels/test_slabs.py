@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oneplusn.kernels import cpu, cpu_step
-from oneplusn.kernels.plan import PAGE, Site, SlotInfo, build_plan
+from oneplusn.kernels.plan import PAGE, SlotInfo, build_plan
 from site_builder import Cluster, World, build_world
 from tolerances import assert_delta_close
 
@@ -89,7 +89,7 @@ def test_a_slab_serves_its_content_after_its_pages_have_moved() -> None:
 def test_a_run_id_used_again_brings_up_the_new_content(*, same_key: bool) -> None:
     old = build_world([Cluster((4, 4), ((8,), (8,)), digest="sha256:old")], seed=1)
     new = build_world([Cluster((4, 4), ((8,), (8,)), digest="sha256:new")], seed=2)
-    new.sites[0] = Site(old.site.spec, new.site.a, new.site.b, new.site.table, slabs=old.site.slabs)
+    new.sites[0] = replace(new.site, spec=old.site.spec, slabs=old.site.slabs)
     slots = {
         slot: replace(info, key=old.slots[slot].key) if same_key else info
         for slot, info in new.slots.items()
@@ -105,9 +105,7 @@ def test_gates_follow_a_slot_that_is_used_again() -> None:
     step(world, [5, 1])
     # The blend leaves; another over the same runs takes its slot.
     other = build_world(SHAPE, blends=[[(0, 2.0), (1, -1.0)]])
-    other.sites[0] = Site(
-        world.site.spec, other.site.a, other.site.b, other.site.table, slabs=world.site.slabs
-    )
+    other.sites[0] = replace(other.site, spec=world.site.spec, slabs=world.site.slabs)
     step(other, [5, 1])
 
     assert world.site.slabs.builds == 1
