@@ -7,14 +7,24 @@
     │   ├── AdapterIncompatible    422   adapter_incompatible
     │   ├── AdapterMediaType       415   pickle_rejected
     │   ├── AdapterExists          409   adapter_exists
-    │   └── PoolExhausted          503   adapter_memory_exhausted, retryable
+    │   ├── PoolExhausted          503   adapter_memory_exhausted, retryable
+    │   ├── AdapterTooLarge        413   upload_too_large
+    │   ├── AdapterConflict        409   a narrower code per instance, as adapter_pinned
+    │   ├── GenerationMismatch     412   generation_mismatch
+    │   ├── AdapterCorrupt         503   adapter_corrupt
+    │   └── RegistryBusy           503   registry_busy, retryable
     ├── ServingError                     a request
     │   ├── InvalidRequest         400   invalid_value
+    │   ├── InvalidKey             401   invalid_api_key
+    │   ├── HostNotAllowed         421   host_not_allowed
     │   ├── UnknownTask            404   model_not_found
     │   ├── PromptTooLong          400   context_length_exceeded
     │   ├── QueueFull              429   queue_full, retryable
     │   ├── RequestCancelled       499   request_cancelled
-    │   └── EngineStopped          503   engine_stopped, retryable
+    │   ├── DeadlineExceeded       504   deadline_exceeded
+    │   ├── EngineStopped          503   engine_stopped, retryable
+    │   ├── StorageFull            507   storage_full
+    │   └── WorkerFailed           503   worker_timeout, worker_memory or worker_failed
     └── StartupError                     the process refuses to start; never an answer to a request
         ├── ConfigError                  config_error
         ├── ModelRefused                 model_refused
@@ -27,7 +37,7 @@ value, the limit and the way out.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 
 class OneplusnError(Exception):
@@ -125,6 +135,22 @@ class InvalidRequest(ServingError):
     code = "invalid_value"
 
 
+class InvalidKey(ServingError):
+    """The request has no API key, or not this server's."""
+
+    status_code = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class HostNotAllowed(ServingError):
+    """The request was sent to a name that is not this server's."""
+
+    status_code = 421
+    type = "invalid_request_error"
+    code = "host_not_allowed"
+
+
 class UnknownTask(ServingError):
     """No active adapter has this task, and the base model has another name."""
 
@@ -146,7 +172,7 @@ class QueueFull(ServingError):
     """Too many requests wait already."""
 
     status_code = 429
-    type = "rate_limit_error"
+    type = "overloaded_error"
     retryable = True
     code = "queue_full"
 
@@ -159,10 +185,19 @@ class RequestCancelled(ServingError):
     code = "request_cancelled"
 
 
+class DeadlineExceeded(ServingError):
+    """The request's own `timeout` passed before its answer was complete."""
+
+    status_code = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
 class EngineStopped(ServingError):
     """The engine is starting, draining or restarting."""
 
     status_code = 503
+    type = "overloaded_error"
     retryable = True
     code = "engine_stopped"
 
@@ -189,3 +224,82 @@ class MemoryPlanRefused(StartupError):
     """Weights, adapters and KV cache do not fit into the budgets."""
 
     code = "memory_plan_refused"
+
+
+class AdapterTooLarge(AdapterError):
+    """An upload, an archive as it expands, or the pages that it needs exceed a limit."""
+
+    status_code = 413
+    code = "upload_too_large"
+
+
+class AdapterConflict(AdapterError):
+    """The adapter's state forbids it: it is pinned, active, or has no version to go back to."""
+
+    status_code = 409
+    type = "conflict_error"
+    code = "adapter_conflict"
+
+
+class GenerationMismatch(AdapterError):
+    """Someone else has changed the adapter since the caller looked at it."""
+
+    status_code = 412
+    type = "conflict_error"
+    code = "generation_mismatch"
+    param = "if-match"
+
+
+class AdapterCorrupt(AdapterError):
+    """Its files are damaged on the disk; the other adapters are served."""
+
+    status_code = 503
+    type = "server_error"
+    code = "adapter_corrupt"
+
+
+class RegistryBusy(AdapterError):
+    """Another process holds the registry's database."""
+
+    status_code = 503
+    type = "server_error"
+    retryable = True
+    code = "registry_busy"
+
+
+class StorageFull(ServingError):
+    """The disk of the data folder is full; what was there before is untouched."""
+
+    status_code = 507
+    code = "storage_full"
+
+
+class WorkerFailed(ServingError):
+    """A job took more time or memory than it may, or its process died; it was replaced."""
+
+    status_code = 503
+    code = "worker_failed"
+
+
+def rebuild(
+    kind: str, message: str, *, code: str | None = None, param: str | None = None
+) -> OneplusnError:
+    """Make an error again that another process named by its class."""
+    return _classes(OneplusnError)[kind](message, code=code, param=param)
+
+
+def adapter_error(message: str, code: str | None) -> AdapterError:
+    """Make an `AdapterError` again that another process named by its code."""
+    found = (cls for cls in _classes(AdapterError).values() if cls.code == code)
+    return next(found, AdapterError)(message, code=code)
+
+
+ErrorClass = TypeVar("ErrorClass", bound=OneplusnError)
+
+
+def _classes(root: type[ErrorClass]) -> dict[str, type[ErrorClass]]:
+    """Return a class of the tree and all below it, by name."""
+    found = {root.__name__: root}
+    for cls in root.__subclasses__():
+        found.update(_classes(cls))
+    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,11 +77,12 @@ def tiny_engine(
     bundles: Sequence[Bundle] = (),
     *,
     dtype: torch.dtype = torch.float32,
+    clock: Callable[[], float] = time.monotonic,
     **limits: int,
 ) -> Engine:
     limits = {"kv_memory": 4 * MIB, "adapter_memory": 16 * MIB} | limits
     loaded = prepare_model(tiny_model(family).to(dtype), Path(family))
-    engine = Engine(loaded, EngineConfig(**limits))
+    engine = Engine(loaded, EngineConfig(**limits), clock=clock)
     for bundle in bundles:
         engine.load(bundle)
     return engine

@@ -18,7 +18,7 @@ from functools import partial
 from typing import IO, BinaryIO, NamedTuple, cast
 
 from oneplusn.adapters.checks import shown
-from oneplusn.errors import AdapterInvalid
+from oneplusn.errors import AdapterInvalid, AdapterTooLarge
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, ".zip")
@@ -65,7 +65,8 @@ def members(name: str, raw: BinaryIO, limit: int) -> Iterator[Member]:
         limit: most bytes that a tar may expand to; of a zip, the reader counts what it opens.
 
     Raises:
-        AdapterInvalid: a member of another kind, or too large a header or archive.
+        AdapterInvalid: a member of another kind, or too large a header.
+        AdapterTooLarge: too large an archive.
         Exception: those in `DAMAGED`, also while a member is read.
     """
     if name.endswith(".zip"):
@@ -78,13 +79,12 @@ def check_size(size: int, limit: int) -> None:
     """Refuse more bytes than an upload may have.
 
     Raises:
-        AdapterInvalid: `upload_too_large`.
+        AdapterTooLarge: It has more.
     """
     if size > limit:
-        raise AdapterInvalid(
+        raise AdapterTooLarge(
             f"{size} bytes or more, and the limit for this upload is {limit} (an archive may expand"
-            f" to {MAX_RATIO} times its size at most); send a smaller adapter",
-            code="upload_too_large",
+            f" to {MAX_RATIO} times its size at most); send a smaller adapter"
         )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -76,13 +76,29 @@ def blend_gates(
     sums: dict[int, RunGates] = {}
     for (info, gates), weight in zip(tasks, weights, strict=True):
         keys.update(zip(info.runs, info.run_keys, strict=True))
-        for id_, (run, values) in zip(info.runs, gates, strict=True):
+        for id_, (rows, values) in zip(info.runs, gates, strict=True):
             before = sums[id_].values if id_ in sums else 0.0
-            sums[id_] = RunGates(run, before + weight * values)
+            sums[id_] = RunGates(rows, before + weight * values)
     if not all(part.values.isfinite().all() for part in sums.values()):
         msg = "the blend's weights times the gates leave the range of float32; scale them down"
         raise InvalidRequest(msg)
     return keys, tuple(sums.values())
+
+
+def blend_info(
+    tasks: Sequence[SlotInfo], runs: Mapping[int, RunKey], weights: Sequence[float]
+) -> SlotInfo:
+    """Return what the slot of a blend stands for, given the union of the tasks' runs."""
+    pages = dict[int, int]()
+    for task in tasks:
+        pages.update(zip(task.runs, task.run_pages, strict=True))
+    return SlotInfo(
+        key=blend_key([task.key for task in tasks], weights),
+        cluster=tuple(sorted({digest for task in tasks for digest in task.cluster})),
+        runs=tuple(runs),
+        run_keys=tuple(runs.values()),
+        run_pages=tuple(pages[run] for run in runs),
+    )
 
 
 def _checked_weight(weight: float) -> float:

@@ -158,11 +158,10 @@ class Bundle:
         """
         row = self.row(task)
         modules = {}
-        for path, delta in self.modules.items():
-            weights = delta.weights[row].tolist()
+        for path, weights in self._weights.items():
             terms = [
                 [leaf, weight.hex()]
-                for leaf, weight in zip(self._leaves[path], weights, strict=True)
+                for leaf, weight in zip(self._leaves[path], weights[row], strict=True)
                 if weight
             ]
             if terms:
@@ -198,6 +197,11 @@ class Bundle:
         for delta in self.modules.values():
             gated |= delta.weights != 0
         return gated
+
+    @cached_property
+    def _weights(self) -> dict[str, list[list[float]]]:
+        """Rows of every module's weights; computed once for all tasks."""
+        return {path: delta.weights.tolist() for path, delta in self.modules.items()}
 
     @cached_property
     def _leaves(self) -> dict[str, list[str]]:

@@ -8,31 +8,38 @@ pickle is ever opened, no text is ever rendered.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from torch import Tensor
 
+from oneplusn.adapters.blobs import FULL, LIMITS, storage_full, sync
 from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta, Scalar
 from oneplusn.adapters.checks import check_name, decode_json, shown
 from oneplusn.adapters.converters import peft_lora
-from oneplusn.adapters.uploads import list_folder, stage
+from oneplusn.adapters.uploads import WEIGHTS_FILE, Staged, list_folder, stage
 from oneplusn.adapters.validation import MAX_EXPERTS, MAX_MODULES, MAX_TASKS
 from oneplusn.adapters.weights import check_safetensors_header, read_tensors, write_tensors
-from oneplusn.errors import AdapterExists, AdapterInvalid
+from oneplusn.errors import AdapterExists, AdapterInvalid, StorageFull
 
-__all__ = ["check_safetensors_header", "read_adapter", "read_upload", "write_bundle"]
+__all__ = [
+    "check_safetensors_header",
+    "read",
+    "read_adapter",
+    "read_upload",
+    "write_bundle",
+    "write_files",
+]
 
 SCHEMA_VERSION = 1
 BUNDLE_FILE = "bundle.json"
 PEFT_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_JSON_BYTES = 8 * 1024 * 1024
 MAX_UPLOAD_BYTES = 4 * 1024**3
@@ -74,33 +81,22 @@ class _Version(msgspec.Struct):
     schema_version: int
 
 
-def read_adapter(path: Path, *, name: str, assume_converted: bool = False) -> Bundle:
-    """Read an adapter from a folder, or from one archive.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An adapter as it was read.
 
-    Args:
-        path: a folder with `bundle.json` or PEFT's `adapter_config.json` beside
-            `adapter_model.safetensors`, or a .tar, .tar.gz or .zip of those.
-        name: name of the adapter, and of the task of a PEFT adapter.
-        assume_converted: take an adapter whose training changed the base's weights (PiSSA, OLoRA,
-            CorDA, LoftQ) as converted to the unchanged base.
-
-    Raises:
-        AdapterInvalid: with a code that says what is wrong.
-        AdapterMediaType: a pickle among the files.
+    Attributes:
+        bundle: What it holds.
+        leftovers: Files of its training that were not opened.
     """
-    if path.is_file():
-        return read_upload({path.name: path}, name=name, assume_converted=assume_converted)
-    check_name(name, "adapter name")
-    if not path.is_dir():
-        raise AdapterInvalid(
-            f"{shown(str(path))} is neither a folder nor an archive; give the folder that holds"
-            f" {WEIGHTS_FILE}",
-            code="file_missing",
-        )
-    try:
-        return _read(list_folder(path), name=name, assume_converted=assume_converted)
-    except OSError as error:
-        raise _unreadable(error) from None
+
+    bundle: Bundle
+    leftovers: tuple[str, ...]
+
+
+def read_adapter(path: Path, *, name: str, assume_converted: bool = False) -> Bundle:
+    """Read an adapter from a folder, or from one archive; see `read`."""
+    return read(path, name=name, assume_converted=assume_converted).bundle
 
 
 def read_upload(
@@ -110,25 +106,52 @@ def read_upload(
     assume_converted: bool = False,
     max_bytes: int = MAX_UPLOAD_BYTES,
 ) -> Bundle:
-    """Read an adapter from what a client sent; leave nothing on disk.
+    """Read an adapter from what a client sent; see `read`."""
+    return read(files, name=name, assume_converted=assume_converted, max_bytes=max_bytes).bundle
+
+
+def read(
+    source: Path | Mapping[str, bytes | Path],
+    *,
+    name: str,
+    assume_converted: bool = False,
+    max_bytes: int = MAX_UPLOAD_BYTES,
+    scratch: Path | None = None,
+) -> Reading:
+    """Read an adapter; leave nothing on disk.
 
     Args:
-        files: flat files or one archive, by the names that the client gave; a path is where the
+        source: a folder with `bundle.json` or PEFT's `adapter_config.json` beside
+            `adapter_model.safetensors`; a .tar, .tar.gz or .zip of those; or what a client sent:
+            flat files or one archive, by the names that the client gave, where a path is where the
             server put the bytes.
-        name: as in `read_adapter`.
-        assume_converted: as in `read_adapter`.
-        max_bytes: most bytes of all files, an archive's counted as they expand.
+        name: name of the adapter, and of the task of a PEFT adapter.
+        assume_converted: take an adapter whose training changed the base's weights (PiSSA, OLoRA,
+            CorDA, LoftQ) as converted to the unchanged base.
+        max_bytes: most bytes of all files of an upload, an archive's counted as they expand.
+        scratch: where an archive is expanded; the system's temporary folder otherwise.
 
     Raises:
         AdapterInvalid: with a code that says what is wrong.
-        AdapterMediaType: a pickle among the files.
+        AdapterTooLarge: more than `max_bytes`.
+        AdapterMediaType: the weights are a pickle.
+        StorageFull: no room to expand an archive.
+        OSError: this process may not have more memory.
     """
     check_name(name, "adapter name")
+    if isinstance(source, Path) and source.is_file():
+        source = {source.name: source}
     try:
-        with tempfile.TemporaryDirectory(prefix="oneplusn-upload-") as scratch:
-            staged = stage(files, Path(scratch), max_bytes)
+        if isinstance(source, Path):
+            if not source.is_dir():
+                raise _missing_folder(source)
+            return _read(list_folder(source), name=name, assume_converted=assume_converted)
+        with tempfile.TemporaryDirectory(prefix="oneplusn-upload-", dir=scratch) as folder:
+            staged = stage(source, Path(folder), max_bytes)
             return _read(staged, name=name, assume_converted=assume_converted)
     except OSError as error:
+        if error.errno in LIMITS:
+            raise
         raise _unreadable(error) from None
 
 
@@ -142,17 +165,27 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
     scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     scratch.mkdir()
     try:
-        (scratch / BUNDLE_FILE).write_bytes(_encode(bundle))
-        write_tensors(_tensors(bundle), scratch / WEIGHTS_FILE)
+        write_files(bundle, scratch)
         for path in (scratch / BUNDLE_FILE, scratch / WEIGHTS_FILE, scratch):
-            _sync(path)
+            sync(path)
         _move(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _read(files: Mapping[str, Path], *, name: str, assume_converted: bool) -> Bundle:
+def write_files(bundle: Bundle, folder: Path) -> None:
+    """Write the files of a bundle into an existing folder, without waiting for the disk."""
+    (folder / BUNDLE_FILE).write_bytes(_encode(bundle))
+    write_tensors(_tensors(bundle), folder / WEIGHTS_FILE)
+
+
+def _read(staged: Staged, *, name: str, assume_converted: bool) -> Reading:
+    bundle = _to_bundle(staged.files, name=name, assume_converted=assume_converted)
+    return Reading(bundle, tuple(staged.leftovers))
+
+
+def _to_bundle(files: Mapping[str, Path], *, name: str, assume_converted: bool) -> Bundle:
     if WEIGHTS_FILE not in files:
         raise _missing(WEIGHTS_FILE, files)
     if (BUNDLE_FILE in files) == (PEFT_FILE in files):
@@ -258,21 +291,22 @@ def _move(scratch: Path, folder: Path) -> None:
         ) from None
 
 
-def _sync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _missing(what: str, files: Mapping[str, Path]) -> AdapterInvalid:
     there = ", ".join(sorted(files)) or "none of the files that are read"
     return AdapterInvalid(f"{what} is missing; found {there}; add it", code="file_missing")
 
 
-def _unreadable(error: OSError) -> AdapterInvalid:
+def _missing_folder(path: Path) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{shown(str(path))} is neither a folder nor an archive; give the folder that holds"
+        f" {WEIGHTS_FILE}",
+        code="file_missing",
+    )
+
+
+def _unreadable(error: OSError) -> AdapterInvalid | StorageFull:
+    if error.errno in FULL:
+        return storage_full(error)
     return AdapterInvalid(
         f"a file of the adapter cannot be read ({error.strerror}); check that it is there, that"
         " the server may read it, and that the disk is not full",

@@ -4,67 +4,41 @@
             -> abort
 
 A version's experts lie in runs; each of its tasks has a slot, which a row of the batch names. A
-blend is a slot of its own over the runs of several tasks, for as long as a request uses it.
+blend is a slot of its own over the runs of several tasks, for as long as a request uses it. Tables
+and slots know nothing of a version before it is published.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
-from oneplusn.adapters.blends import Parts, blend_gates, blend_key, blend_parts, is_one_task
+from oneplusn.adapters.blends import (
+    Parts,
+    blend_gates,
+    blend_info,
+    blend_key,
+    blend_parts,
+    is_one_task,
+)
 from oneplusn.adapters.image import PageImage
 from oneplusn.adapters.refs import TaskRef
+from oneplusn.adapters.residents import (
+    Reservation,
+    ResidentVersion,
+    Shortage,
+    Slot,
+    Version,
+    exhausted,
+    task_info,
+)
 from oneplusn.adapters.space import Holding, Need, Place, Span
-from oneplusn.adapters.storage import SLOTS, Gates, Held, Storage, gates_of, need_of, runs_of
+from oneplusn.adapters.storage import SLOTS, Held, Layout, Storage, gates_of
 from oneplusn.errors import AdapterError, AdapterExists, AdapterNotFound, PoolExhausted
 from oneplusn.kernels.plan import BASE_SLOT, Site, SiteSpec, SlotInfo
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A task, or a blend if it has `parts`, and how many requests use it."""
-
-    info: SlotInfo
-    gates: Gates
-    parts: Parts | None = None
-    refs: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Version:
-    """A version with a place in the pool, and the slots of its tasks."""
-
-    digest: str
-    held: Held
-    slots: Mapping[str, int]
-    num_bytes: int
-    pins: int = 0
-    last_used: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """Space taken for an image that nothing can acquire yet."""
-
-    image: PageImage
-    version: _Version
-    written: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ResidentVersion:
-    """A published version, for metrics; a larger `last_used` was used later."""
-
-    digest: str
-    num_bytes: int
-    refs: int
-    pins: int
-    last_used: int
 
 
 class Pool:
@@ -77,6 +51,7 @@ class Pool:
     Attributes:
         sites: Pages and table of every site, for `attach`.
         slots: What each slot stands for, for `build_plan`.
+        on_evict: Told the digest and the bytes of every version that had to make room.
     """
 
     def __init__(
@@ -90,6 +65,8 @@ class Pool:
     ) -> None:
         """Allocate `memory_bytes` of pages and tables; tasks and blends together have slots.
 
+        A model without sites has no pages, and room for no adapter.
+
         Raises:
             MemoryPlanRefused: When these are too few for a page at every site.
         """
@@ -98,11 +75,12 @@ class Pool:
         )
         self.sites: Mapping[str, Site] = self._storage.sites
         self.slots: dict[int, SlotInfo] = {}
-        self._versions: dict[str, _Version] = {}
+        self._versions: dict[str, Version] = {}
         self._reserved: dict[str, Reservation] = {}
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._blends: dict[Parts, Held] = {}
         self._clock = 0
+        self.on_evict: Callable[[str, int], None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -121,20 +99,39 @@ class Pool:
     def resident(self) -> list[ResidentVersion]:
         """List the published versions, the least recently used first."""
         refs = self._references()
-        return [
-            ResidentVersion(v.digest, v.num_bytes, refs[v.digest], v.pins, v.last_used)
-            for v in self._by_last_use()
-        ]
+        return [version.described(refs[version.digest]) for version in self._by_last_use()]
 
-    def load(self, image: PageImage) -> None:
-        """Reserve, write and publish at once; a version that is resident stays as it is.
+    def describe(self, digest: str) -> ResidentVersion:
+        """Return what is known of a published version.
 
         Raises:
-            PoolExhausted: As `reserve`.
+            AdapterNotFound: When it is not resident.
+        """
+        return self._version(digest).described(self._references()[digest])
+
+    def touch(self, *digests: str) -> None:
+        """Count resident versions as used now, all at once."""
+        self._clock += 1
+        for digest in digests:
+            self._versions[digest].last_used = self._clock
+
+    def load(self, image: PageImage) -> None:
+        """Make room, reserve, write and publish at once; a resident version stays as it is.
+
+        Raises:
+            AdapterIncompatible: As `reserve`.
+            PoolExhausted: As `reserve`, though not for want of one piece.
         """
         if self.is_resident(image.digest):
             return
-        reservation = self.reserve(image)
+        try:
+            reservation = self.reserve(image)
+        except PoolExhausted:
+            if self.shortage(image) is not Shortage.SCATTERED:
+                raise
+            for _ in self.make_room(image):
+                pass
+            reservation = self.reserve(image)
         for _ in self.write(reservation):
             pass
         self.publish(reservation)
@@ -146,45 +143,82 @@ class Pool:
 
         Raises:
             AdapterExists: When the version is resident or reserved.
-            PoolExhausted: When it does not fit beside those that stay; then nothing has changed.
+            AdapterIncompatible: When it was laid out for another base model.
+            PoolExhausted: When it does not fit beside those that stay; then nothing has changed,
+                and `shortage` says what would help.
         """
         digest = image.digest
         if digest in self._versions or digest in self._reserved:
-            msg = f"{digest} is in the pool already; unload it to write it again"
-            raise AdapterExists(msg)
-        runs = runs_of(image)
-        gates = tuple(gates_of(image, task, runs) for task in image.tasks)
-        held = Held(runs, gates, self._take(digest, need_of(runs, gates)))
-        run_ids = held.run_ids
+            raise AdapterExists(f"{digest} is in the pool already; unload it to write it again")
+        layout = self._storage.layout(image)
+        held = Held(layout, self._take(digest, self._storage.need(layout)))
         slots = dict(zip(image.tasks, held.slots, strict=True))
-        for (task, slot), of_task in zip(slots.items(), gates, strict=True):
-            self._slots[slot] = _Slot(_task_info(image, task, run_ids), of_task)
-        reservation = Reservation(image, _Version(digest, held, slots, image.num_bytes))
+        run_pages = layout.run_pages.max(axis=1, initial=0).tolist()
+        for task, slot in slots.items():
+            self._slots[slot] = Slot(task_info(image, task, held.run_ids, run_pages))
+        reservation = Reservation(image, Version(digest, held, slots, image.num_bytes))
         self._reserved[digest] = reservation
         return reservation
 
-    def write(self, reservation: Reservation) -> Iterator[int]:
-        """Copy the image in, one run at one site a piece; yield the bytes of each.
+    def shortage(self, image: PageImage) -> Shortage:
+        """Say why `reserve` found no room for `image`.
 
-        Steps may run in between: no plan names these runs and slots before `publish`.
+        Raises:
+            AdapterIncompatible: As `reserve`.
         """
-        held = reservation.version.held
-        for name, image in reservation.image.sites.items():
-            starts = list(accumulate(image.run_pages, initial=0))
-            for run, pages in enumerate(image.run_pages):
-                if pages:
-                    part = slice(starts[run], starts[run + 1])
-                    yield self._storage.write_run(held, name, run, image.a[part], image.b[part])
-            self._storage.write_gates(held, name)
+        need = self._storage.need(self._storage.layout(image))
+        space, idle = self._storage.space.copy(), self._idle()
+        for version in idle:
+            space.give(version.held.holding)
+        if space.amounts_to(need):
+            return Shortage.SCATTERED
+        in_use = [v.held for v in self._versions.values() if not v.pins and v not in idle]
+        for held in (*in_use, *self._blends.values()):
+            space.give(held.holding)
+        return Shortage.IN_USE if space.amounts_to(need) else Shortage.LASTING
+
+    def make_room(self, image: PageImage) -> Iterator[int]:
+        """Evict idle versions until enough is free for `image`, and join it, site by site.
+
+        Steps may run in between; what they change may make another round necessary.
+
+        Yields:
+            The bytes moved by every piece of the work.
+
+        Raises:
+            AdapterIncompatible: As `reserve`.
+        """
+        need = self._storage.need(self._storage.layout(image))
+        for version in self._idle():
+            if self._storage.space.amounts_to(need):
+                break
+            self._storage.space.give(version.held.holding)
+            self._evict(version)
+        yield from self.compact()
+
+    def write(self, reservation: Reservation) -> Iterator[int]:
+        """Copy the image in, a bounded piece at a time; yield the bytes of each.
+
+        Steps may run in between: no table, plan or slot names what is written before `publish`.
+
+        Raises:
+            AdapterIncompatible: When the image contradicts itself.
+        """
+        image, held = reservation.image, reservation.version.held
+        yield from self._storage.write_pages(held, image)
+        for task, slot in reservation.version.slots.items():
+            self._slots[slot].gates = gates = gates_of(image, task, held.layout)
+            yield self._storage.write_gates(held, gates)
         reservation.written = True
 
     def publish(self, reservation: Reservation) -> None:
         """Let the version's tasks be acquired."""
         assert reservation.written, "publish comes after the last piece of write"
         version = self._reserved.pop(reservation.image.digest).version
+        self._storage.enlist(version.held)
         self._versions[version.digest] = version
         self.slots.update((slot, self._slots[slot].info) for slot in version.slots.values())
-        self._touch([version.digest])
+        self.touch(version.digest)
 
     def abort(self, reservation: Reservation) -> None:
         """Give the space of a reservation back, however much of it is written."""
@@ -209,7 +243,7 @@ class Pool:
             id_ = self._make_blend(parts)
         slot = self._slots[id_]
         slot.refs += 1
-        self._touch(slot.info.cluster)
+        self.touch(*slot.info.cluster)
         return id_
 
     def release(self, slot: int) -> None:
@@ -219,7 +253,7 @@ class Pool:
         used = self._slots[slot]
         assert used.refs > 0, f"slot {slot} was released more often than acquired"
         used.refs -= 1
-        self._touch(used.info.cluster)
+        self.touch(*used.info.cluster)
         if used.parts is not None and not used.refs:
             self._free(self._blends.pop(used.parts))
 
@@ -259,7 +293,8 @@ class Pool:
                 f"end its requests and unpin it first"
             )
             raise AdapterError(msg, code="adapter_in_use")
-        self._remove(version)
+        del self._versions[digest]
+        self._free(version.held)
         return version.num_bytes
 
     def task_key(self, refs: Sequence[TaskRef]) -> str:
@@ -273,22 +308,28 @@ class Pool:
         keys = [self._task(digest, task).info.key for digest, task, _ in parts]
         return blend_key(keys, [weight for _, _, weight in parts])
 
-    def compact(self) -> int:
-        """Move pages and gates so that what is free is one range; return the bytes moved.
+    def compact(self) -> Iterator[int]:
+        """Move pages and gates so that what is free is one range; slots and run ids stay.
 
-        For an idle engine, as it copies pages. Slots and run ids stay what they are.
+        Steps may run in between.
+
+        Yields:
+            The bytes moved at every site, one site after the other.
         """
-        return self._storage.compact(self._all_held())
+        for name in self.sites:
+            yield self._storage.compact(name, self._all_held())
+        self._storage.compact_gates(self._all_held())
 
     def check_integrity(self) -> None:
         """Assert the invariants of the class; reads every held page."""
         base: Holding = {SLOTS: [Span(BASE_SLOT, 1)]}
-        self._storage.space.check([base, *(held.holding for held in self._all_held())])
+        everything = self._all_held()
+        self._storage.space.check([base, *(held.holding for held in everything)])
+        self._storage.check(everything)
+
         published = [version.held for version in self._versions.values()]
         public = [*published, *self._blends.values()]
-        unwritten = [reservation.version.held for reservation in self._reserved.values()]
-        self._storage.check(public, unwritten)
-
+        assert {id(held) for held in everything if held.listed} == set(map(id, public))
         tasks = {slot for v in self._all_versions() for slot in v.slots.values()}
         blends = {held.slots[0]: parts for parts, held in self._blends.items()}
         assert tasks | blends.keys() == self._slots.keys()
@@ -300,73 +341,80 @@ class Pool:
             assert slot.refs >= (slot.parts is not None), f"slot {id_}: {slot.refs} references"
             assert not slot.refs or self._versions.keys() >= set(slot.info.cluster)
 
-    def _all_versions(self) -> list[_Version]:
+    def _all_versions(self) -> list[Version]:
         reserved = (reservation.version for reservation in self._reserved.values())
         return [*self._versions.values(), *reserved]
 
     def _all_held(self) -> list[Held]:
         return [*(version.held for version in self._all_versions()), *self._blends.values()]
 
-    def _by_last_use(self) -> list[_Version]:
+    def _by_last_use(self) -> list[Version]:
         return sorted(self._versions.values(), key=lambda version: version.last_used)
 
-    def _version(self, digest: str) -> _Version:
+    def _idle(self, keep: Iterable[str] = ()) -> list[Version]:
+        """List what may be evicted, the least recently used first."""
+        refs = self._references()
+        return [
+            version
+            for version in self._by_last_use()
+            if not (refs[version.digest] or version.pins or version.digest in keep)
+        ]
+
+    def _version(self, digest: str) -> Version:
         if digest not in self._versions:
             msg = f"{digest} is not resident; load it first"
-            raise AdapterNotFound(msg)
+            raise AdapterNotFound(msg, code="adapter_not_resident")
         return self._versions[digest]
 
     def _references(self) -> Counter[str]:
         """Count, per version, the references of its tasks and of the blends that touch it."""
         refs = Counter[str]()
         for slot in self._slots.values():
-            refs.update(dict.fromkeys(slot.info.cluster, slot.refs))
+            if slot.refs:
+                refs.update(dict.fromkeys(slot.info.cluster, slot.refs))
         return refs
 
-    def _touch(self, digests: Iterable[str]) -> None:
-        self._clock += 1
-        for digest in digests:
-            self._versions[digest].last_used = self._clock
-
     def _take(self, who: str, need: Need, *, keep: Iterable[str] = ()) -> Holding:
-        """Take space, all or nothing; evict idle versions other than `keep` until it fits."""
-        refs = self._references()
-        idle = [
-            version
-            for version in self._by_last_use()
-            if not (refs[version.digest] or version.pins or version.digest in keep)
-        ]
-        free, num_victims = self._storage.space.copy(), 0
-        while True:
-            space = free.copy()
-            taken = space.take(need)
-            if not isinstance(taken, Place):
-                break
-            if num_victims == len(idle):
-                msg = (
-                    f"{who} takes {sum(need[taken])} {taken}; {free.ranges[taken]}, even without "
-                    f"the {len(idle)} idle adapters; unpin or unload some, or start with room for "
-                    f"more {'memory' if taken.site else 'tasks'}"
-                )
-                raise PoolExhausted(msg)
-            free.give(idle[num_victims].held.holding)
-            num_victims += 1
-        for victim in idle[:num_victims]:
-            self._remove(victim)
+        """Take space, all or nothing; evict idle versions other than `keep` until it fits.
+
+        Raises:
+            PoolExhausted: It does not fit beside the others.
+        """
+        taken = self._storage.space.take(need)
+        if not isinstance(taken, Place):
+            return taken
+        idle, space, victims = self._idle(keep), self._storage.space.copy(), list[Version]()
+        while isinstance(taken, Place):
+            if len(victims) == len(idle):
+                raise exhausted(who, need, taken, space, len(idle))
+            victims.append(idle[len(victims)])
+            space.give(victims[-1].held.holding)
+            if space.fits(need, taken):
+                taken = space.take(need)
         self._storage.space = space
+        for victim in victims:
+            self._evict(victim)
         return taken
 
-    def _remove(self, version: _Version) -> None:
+    def _evict(self, version: Version) -> None:
+        """Forget a version whose space has been given back."""
         del self._versions[version.digest]
-        self._free(version.held)
+        self._forget(version.held)
+        if self.on_evict is not None:
+            self.on_evict(version.digest, version.num_bytes)
 
     def _free(self, held: Held) -> None:
+        self._storage.space.give(held.holding)
+        self._forget(held)
+
+    def _forget(self, held: Held) -> None:
+        """Remove what names the slots and runs."""
         for slot in held.slots:
             del self._slots[slot]
             self.slots.pop(slot, None)
-        self._storage.free(held)
+        self._storage.delist(held)
 
-    def _task(self, digest: str, task: str) -> _Slot:
+    def _task(self, digest: str, task: str) -> Slot:
         slots = self._version(digest).slots
         if task not in slots:
             msg = f"{digest} has no task {task!r}; it has {', '.join(slots)}"
@@ -388,30 +436,13 @@ class Pool:
         weights = [weight for _, _, weight in parts]
         runs, gates = blend_gates([(task.info, task.gates) for task in tasks], weights)
         cluster = tuple(sorted({digest for digest, _, _ in parts}))
-        held = Held((), (gates,), self._take("a blend", need_of((), (gates,)), keep=cluster))
-        for name in held.sites:
-            self._storage.write_gates(held, name)
-        key = blend_key([task.info.key for task in tasks], weights)
-        pages = {
-            run: count
-            for task in tasks
-            for run, count in zip(task.info.runs, task.info.run_pages, strict=True)
-        }
-        info = SlotInfo(
-            key, cluster, tuple(runs), tuple(runs.values()), tuple(pages[run] for run in runs)
-        )
+        rows = np.array([part.rows for part in gates], np.int32)
+        layout = Layout(rows[:0], (rows,))
+        held = Held(layout, self._take("a blend", self._storage.need(layout), keep=cluster))
+        self._storage.write_gates(held, gates)
+        self._storage.enlist(held)
         (id_,) = held.slots
-        self._slots[id_], self.slots[id_] = _Slot(info, gates, parts), info
+        info = blend_info([task.info for task in tasks], runs, weights)
+        self._slots[id_], self.slots[id_] = Slot(info, gates, parts), info
         self._blends[parts] = held
         return id_
-
-
-def _task_info(image: PageImage, task: str, run_ids: Sequence[int]) -> SlotInfo:
-    local = image.task_runs[task]
-    return SlotInfo(
-        key=image.task_keys[task],
-        cluster=(image.digest,),
-        runs=tuple(run_ids[run] for run in local),
-        run_keys=tuple((image.digest, run) for run in local),
-        run_pages=tuple(max(site.run_pages[run] for site in image.sites.values()) for run in local),
-    )

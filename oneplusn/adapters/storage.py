@@ -1,45 +1,49 @@
-"""The arrays of a pool: pages, tables, and which part of them each run and slot holds.
+"""The arrays of a pool: pages, tables, and which part of them each version and slot holds.
 
 Knows where things lie and that tables say so; who may use them, and for how long, is the pool's.
+The tables of all sites are rows of a few tensors, so that a version comes and goes in a handful of
+operations, however many sites the model has.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oneplusn.adapters.image import PageImage, page_bytes
 from oneplusn.adapters.space import Holding, Need, Place, Space, Span
-from oneplusn.errors import MemoryPlanRefused
+from oneplusn.errors import AdapterIncompatible, MemoryPlanRefused
 from oneplusn.kernels.buffers import zeros
 from oneplusn.kernels.cpu import SlabCache
-from oneplusn.kernels.plan import MAX_RUNS, PAGE, Site, SiteSpec, SiteTable, num_pages
+from oneplusn.kernels.plan import MAX_RUNS, PAGE, IntArray, Site, SiteSpec, SiteTable
 from oneplusn.kernels.workspace import Workspace
 
 # Gates per rank row that there is room for, on average; a common row has one for each task.
 GATES_PER_ROW = 16
+# Bytes of pages that are copied at a time: large enough for the speed of memory, small enough
+# that a step waits no longer than a tenth of a millisecond for it.
+PIECE_BYTES = 2**18
 
 RUNS = Place("runs")
 SLOTS = Place("slots")
-Run = Mapping[str, Span]
-"""Sites of a run, with its rank rows there as a part of its rank rows at all sites in turn."""
+GATES = Place("gate rows")
 
 
 class RunGates(NamedTuple):
-    """Gates of a slot for one of its runs: fp32, one per rank row, at all sites in turn."""
+    """Gates of a slot for one of its runs.
 
-    run: Run
+    Attributes:
+        rows: Rank rows of the run at each site of the pool.
+        values: fp32, one per rank row, at all sites in turn.
+    """
+
+    rows: IntArray
     values: Tensor
-
-    def at(self, site: str) -> Tensor:
-        """Return the gates at one site, none where the run has no rows."""
-        span = self.run.get(site, Span(0, 0))
-        return self.values[span.first : span.stop]
 
 
 Gates = tuple[RunGates, ...]
@@ -47,31 +51,64 @@ Gates = tuple[RunGates, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What an image, or a blend, asks of a pool.
+
+    Attributes:
+        run_rows: `[runs, sites]`, rank rows of the runs that it brings along.
+        slot_rows: Per slot `[k, sites]`, rank rows of the runs that it gates.
+    """
+
+    run_rows: IntArray
+    slot_rows: tuple[IntArray, ...]
+
+    @property
+    def run_pages(self) -> IntArray:
+        """Pages of the runs, `[runs, sites]`."""
+        return -(-self.run_rows // PAGE)
+
+    @property
+    def num_gates(self) -> int:
+        """Gates of all slots."""
+        return sum(int(rows.sum()) for rows in self.slot_rows)
+
+
+@dataclass(slots=True, eq=False)
 class Held:
-    """What a version holds for its runs and its tasks' slots, or a blend for its one slot."""
+    """What a version holds for its runs and its tasks' slots, or a blend for its one slot.
 
-    runs: tuple[Run, ...]
-    gates: tuple[Gates, ...]
+    Attributes:
+        layout: How it is made up.
+        holding: Where it lies.
+        gates: Of its slots, as far as they are written.
+        num_gates: How many that are.
+        listed: Whether the tables name it.
+    """
+
+    layout: Layout
     holding: Holding
+    gates: tuple[Gates, ...] = ()
+    num_gates: int = 0
+    listed: bool = False
 
     @property
-    def run_ids(self) -> tuple[int, ...]:
+    def run_ids(self) -> list[int]:
         """Ids of the runs."""
-        return tuple(span.first for span in self.holding[RUNS])
+        return [span.first for span in self.holding[RUNS]]
 
     @property
-    def slots(self) -> tuple[int, ...]:
+    def slots(self) -> list[int]:
         """Numbers of the slots."""
-        return tuple(span.first for span in self.holding[SLOTS])
+        return [span.first for span in self.holding[SLOTS]]
 
     @property
-    def sites(self) -> list[str]:
-        """Sites with gates, and so all with pages."""
-        return [place.site for place in self.holding if place.kind == "gate rows"]
+    def first_gate(self) -> int:
+        """Where its gates begin."""
+        return self.holding[GATES][0].first
 
-    def pages(self, site: str) -> list[Span]:
-        """Pages of the runs at a site."""
-        return self.holding.get(Place("pages", site), [])
+    def pages(self, place: Place) -> Span:
+        """Pages of all runs at a site, one run after the other."""
+        return self.holding[place][0] if place in self.holding else Span(0, 0)
 
 
 class Storage:
@@ -94,25 +131,29 @@ class Storage:
         # On CPU, slabs copy what is active, which may be everything that is resident.
         copies = 2 if torch.device(device).type == "cpu" else 1
         pages = _pages_per_site(specs, memory_bytes, dtype, max_tasks, copies)
-        gates = pages * PAGE * GATES_PER_ROW
         runs, slots = 2 * max_tasks, 1 + max_tasks
+        gates = len(specs) * pages * PAGE * GATES_PER_ROW
         slabs = SlabCache((copies - 1) * pages * sum(page_bytes(spec, dtype) for spec in specs))
         workspace = Workspace(device)
+        # First page, pages and rank rows of every run; the offsets of gates, over all sites.
+        self._runs = torch.zeros(3, len(specs), runs, dtype=torch.int32, device=device)
+        self._gate_first = torch.zeros(
+            len(specs), slots, MAX_RUNS, dtype=torch.int32, device=device
+        )
+        self._gates = zeros((gates,), torch.float32, device)
+        self._places = [Place("pages", spec.name) for spec in specs]
         self.sites: dict[str, Site] = {}
-        capacities = {RUNS: runs, SLOTS: slots}
-        for spec in specs:
-            a_shape = (pages, spec.num_slices, PAGE, spec.in_features)
+        for index, spec in enumerate(specs):
             self.sites[spec.name] = Site(
                 spec=spec,
-                a=zeros(a_shape, dtype, device),
+                a=zeros((pages, spec.num_slices, PAGE, spec.in_features), dtype, device),
                 b=zeros((pages, PAGE, spec.out_features), dtype, device),
-                table=SiteTable(runs=runs, slots=slots, gates=gates, device=device),
+                table=self._table(index),
                 slabs=slabs,
                 workspace=workspace,
             )
-            capacities[Place("pages", spec.name)] = pages
-            capacities[Place("gate rows", spec.name)] = gates
-        self.space = Space(capacities)
+        capacities = dict.fromkeys(self._places, pages)
+        self.space = Space({SLOTS: slots, RUNS: runs, GATES: gates, **capacities})
         self.space.ranges[SLOTS].take(1)
 
     @property
@@ -120,101 +161,191 @@ class Storage:
         """Bytes of all pages."""
         return sum(site.a.nbytes + site.b.nbytes for site in self.sites.values())
 
-    def write_run(self, held: Held, site_name: str, run: int, a: Tensor, b: Tensor) -> int:
-        """Copy the pages of a run `[n, S, 16, K]`, `[n, 16, N]` in; return their bytes."""
-        site, span = self.sites[site_name], held.pages(site_name)[run]
-        site.a[span.first : span.stop] = a
-        site.b[span.first : span.stop] = b
-        site.table.set_run(
-            held.holding[RUNS][run].first, span.first, held.runs[run][site_name].count
-        )
-        return a.nbytes + b.nbytes
+    def layout(self, image: PageImage) -> Layout:
+        """Return what an image asks of this pool.
 
-    def write_gates(self, held: Held, site_name: str) -> None:
-        """Copy the gates of all slots at one site in."""
-        table = self.sites[site_name].table
-        offset = held.holding[Place("gate rows", site_name)][0].first
-        for slot, gates in zip(held.slots, held.gates, strict=True):
-            for k, run_gates in enumerate(gates):
-                values = run_gates.at(site_name)
-                if len(values):
-                    table.set_gates(slot, k, offset, values)
-                    offset += len(values)
+        Raises:
+            AdapterIncompatible: When it was laid out for another base model.
+        """
+        _check_sites(image, self.sites)
+        absent = (0,) * image.num_runs
+        rows = [image.sites[n].run_rows if n in image.sites else absent for n in self.sites]
+        run_rows = np.array(rows, np.int32).reshape(len(rows), image.num_runs).T
+        slot_rows = tuple(run_rows[list(image.task_runs[task])] for task in image.tasks)
+        layout = Layout(run_rows, slot_rows)
+        _check_pages(image, self.sites, layout.run_pages.sum(axis=0).tolist())
+        return layout
 
-    def free(self, held: Held) -> None:
-        """Give everything back; tables read as if it had never been."""
-        for name in held.sites:
-            table = self.sites[name].table
-            for column in (table.run_first, table.run_pages, table.run_rows):
-                column[list(held.run_ids)] = 0
-            table.gate_first[list(held.slots)] = 0
-        self.space.give(held.holding)
+    def need(self, layout: Layout) -> Need:
+        """Return what a layout takes of every place."""
+        pages = layout.run_pages.sum(axis=0).tolist()
+        return {
+            SLOTS: [1] * len(layout.slot_rows),
+            RUNS: [1] * len(layout.run_rows),
+            GATES: [layout.num_gates],
+            **{place: [count] for place, count in zip(self._places, pages, strict=True) if count},
+        }
 
-    def compact(self, everything: Sequence[Held]) -> int:
-        """Move pages and gates together, given all that hold some; return the bytes of pages."""
-        moved = 0
-        holdings = [held.holding for held in everything]
-        for name, site in self.sites.items():
-            for owner, run, old in self.space.slide(Place("pages", name), holdings):
+    def write_pages(self, held: Held, image: PageImage) -> Iterator[int]:
+        """Copy the pages of an image in; yield after every piece the bytes of it."""
+        for name, source in image.sites.items():
+            site, place = self.sites[name], Place("pages", name)
+            pages = max(1, PIECE_BYTES // page_bytes(site.spec, site.a.dtype))
+            for start in range(0, len(source.a), pages):
+                a, b = (part[start : start + pages] for part in (source.a, source.b))
+                # Asked for anew each time, as compaction moves what is being written too.
+                first = held.pages(place).first + start
+                site.a[first : first + len(a)] = a
+                site.b[first : first + len(b)] = b
+                yield a.nbytes + b.nbytes
+
+    def write_gates(self, held: Held, gates: Gates) -> int:
+        """Copy the gates of the next slot in; return their bytes."""
+        values = torch.cat([part.values for part in gates])
+        start = held.first_gate + held.num_gates
+        self._gates[start : start + len(values)] = values
+        held.gates += (gates,)
+        held.num_gates += len(values)
+        return values.nbytes
+
+    def enlist(self, held: Held) -> None:
+        """Enter what is written into the tables."""
+        pages = np.array([held.pages(place).first for place in self._places], np.int32)
+        self._set_runs(held, slice(None), pages)
+        self._set_gate_first(held)
+        held.listed = True
+
+    def delist(self, held: Held) -> None:
+        """Make the tables read as if it had never been."""
+        if held.listed:
+            self._runs[:, :, held.run_ids] = 0
+            self._gate_first[:, held.slots] = 0
+            held.listed = False
+
+    def compact(self, site_name: str, everything: Sequence[Held]) -> int:
+        """Move the pages of a site together, given all that hold some; return the bytes moved."""
+        site, place = self.sites[site_name], Place("pages", site_name)
+        index, moved = self._places.index(place), 0
+        for owner, _, old in self.space.slide(place, [held.holding for held in everything]):
+            held = everything[owner]
+            new = held.pages(place)
+            for array in (site.a, site.b):
                 # A copy, for the new place may overlap the old.
-                a, b = (array[old.first : old.stop].clone() for array in (site.a, site.b))
-                moved += self.write_run(everything[owner], name, run, a, b)
-            for owner, _, _ in self.space.slide(Place("gate rows", name), holdings):
-                self.write_gates(everything[owner], name)
+                array[new.first : new.stop] = array[old.first : old.stop].clone()
+                moved += array[new.first : new.stop].nbytes
+            if held.listed:
+                self._set_runs(held, slice(index, index + 1), np.array([new.first], np.int32))
         return moved
 
-    def check(self, written: Sequence[Held], unwritten: Sequence[Held]) -> None:
-        """Assert that tables say what is held, and nothing else, and that runs end in zeros.
+    def compact_gates(self, everything: Sequence[Held]) -> None:
+        """Move the gates together, given all that hold some."""
+        for owner, _, old in self.space.slide(GATES, [held.holding for held in everything]):
+            held = everything[owner]
+            new = held.holding[GATES][0]
+            self._gates[new.first : new.stop] = self._gates[old.first : old.stop].clone()
+            if held.listed:
+                self._set_gate_first(held)
 
-        What is `unwritten` may have anything in its place.
-        """
-        for site in self.sites.values():
-            _check_runs(site, written, unwritten)
-            _check_gates(site, written, unwritten)
+    def check(self, everything: Sequence[Held]) -> None:
+        """Assert that tables name what is listed, and nothing else, and that runs end in zeros."""
+        listed = [held for held in everything if held.listed]
+        for index, (place, site) in enumerate(zip(self._places, self.sites.values(), strict=True)):
+            _check_runs(index, place, site, listed)
+            _check_gates(index, site, listed)
+
+    def _table(self, site: int) -> SiteTable:
+        """Return the tables of one site: a row of those of all."""
+        table = SiteTable(runs=0, slots=0, gates=0, device=self._gates.device)
+        table.run_first, table.run_pages, table.run_rows = self._runs[:, site]
+        table.gate_first, table.gates = self._gate_first[site], self._gates
+        return table
+
+    def _set_runs(self, held: Held, sites: slice, first_pages: IntArray) -> None:
+        """Say at some sites where the runs lie, given the first page of all at each of these."""
+        if not held.run_ids:
+            return
+        rows, pages = held.layout.run_rows[:, sites], held.layout.run_pages[:, sites]
+        first = np.where(rows > 0, first_pages + pages.cumsum(axis=0) - pages, 0)
+        columns = np.stack([first, pages, rows]).astype(np.int32).transpose(0, 2, 1)
+        self._runs[:, sites, held.run_ids] = torch.from_numpy(columns).to(self._runs.device)
+
+    def _set_gate_first(self, held: Held) -> None:
+        """Say where the gates of every slot lie."""
+        first = np.zeros((len(self._places), len(held.slots), MAX_RUNS), np.int32)
+        start = held.first_gate
+        for slot, rows in enumerate(held.layout.slot_rows):
+            counts = rows.ravel()
+            starts = np.where(counts > 0, start + counts.cumsum() - counts, 0)
+            first[:, slot, : len(rows)] = starts.reshape(rows.shape).T
+            start += int(counts.sum())
+        self._gate_first[:, held.slots] = torch.from_numpy(first).to(self._gate_first.device)
 
 
-def runs_of(image: PageImage) -> tuple[Run, ...]:
-    """Return the runs of an image, in the order of its local indices."""
-    runs: list[dict[str, Span]] = [{} for _ in range(image.num_runs)]
-    ends = [0] * image.num_runs
-    for name, site in image.sites.items():
-        for run, rows in enumerate(site.run_rows):
-            if rows:
-                runs[run][name] = Span(ends[run], rows)
-                ends[run] += rows
-    return tuple(runs)
+def gates_of(image: PageImage, task: str, layout: Layout) -> Gates:
+    """Return the gates of a task.
 
-
-def gates_of(image: PageImage, task: str, runs: Sequence[Run]) -> Gates:
-    """Return the gates of a task for its runs, which are some of `runs`."""
+    Raises:
+        AdapterIncompatible: When they are not as many as its runs have rank rows.
+    """
     by_site = [site.gates[task] for site in image.sites.values()]
-    return tuple(
-        RunGates(runs[run], torch.cat([gates[k] for gates in by_site]))
+    gates = tuple(
+        RunGates(layout.run_rows[run], torch.cat([gates[k] for gates in by_site]))
         for k, run in enumerate(image.task_runs[task])
     )
+    for rows, values in gates:
+        if len(values) != rows.sum():
+            msg = f"{image.digest} has {len(values)} gates of {task!r} for {rows.sum()} rank rows"
+            raise AdapterIncompatible(f"{msg}; lay it out anew")
+    return gates
 
 
-def need_of(runs: Sequence[Run], gates: Sequence[Gates]) -> Need:
-    """Return what these runs, and slots with these gates, take."""
-    sites = dict.fromkeys(name for run in runs for name in run)
-    rows = Counter[str]()
-    for run_gates in (part for slot in gates for part in slot):
-        rows.update({name: span.count for name, span in run_gates.run.items()})
-    return {
-        SLOTS: [1] * len(gates),
-        RUNS: [1] * len(runs),
-        **{
-            Place("pages", name): [num_pages(run[name].count if name in run else 0) for run in runs]
-            for name in sites
-        },
-        **{Place("gate rows", name): [count] for name, count in rows.items()},
-    }
+def _check_sites(image: PageImage, sites: Mapping[str, Site]) -> None:
+    """Refuse an image for other sites than these, or in another order.
+
+    Raises:
+        AdapterIncompatible: It is.
+    """
+    here = [name for name in sites if name in image.sites]
+    if here != list(image.sites):
+        first = next(name for name in image.sites if name not in sites or name != here.pop(0))
+        msg = (
+            f"{image.digest} is laid out for another base: {first} is not among this one's "
+            f"{len(sites)} sites, or not in its place; lay it out for this base"
+        )
+        raise AdapterIncompatible(msg)
+
+
+def _check_pages(image: PageImage, sites: Mapping[str, Site], pages: Iterable[int]) -> None:
+    """Refuse an image whose pages would not fit into the arrays that they are copied to.
+
+    Raises:
+        AdapterIncompatible: Those of a site do not.
+    """
+    for (name, site), count in zip(sites.items(), pages, strict=True):
+        part = image.sites.get(name)
+        if part is None:
+            continue
+        a, b = (count, *site.a.shape[1:]), (count, *site.b.shape[1:])
+        fits = part.a.shape == a and part.b.shape == b
+        if not fits or not part.a.dtype == part.b.dtype == site.a.dtype:
+            msg = (
+                f"{image.digest} has pages {list(part.a.shape)} and {list(part.b.shape)} of "
+                f"{part.a.dtype} at {name}, this base takes {list(a)} and {list(b)} of "
+                f"{site.a.dtype}; lay it out for this base"
+            )
+            raise AdapterIncompatible(msg)
 
 
 def _pages_per_site(
     specs: Sequence[SiteSpec], memory_bytes: int, dtype: torch.dtype, max_tasks: int, copies: int
 ) -> int:
-    """Divide the budget; tables come off it first, gates and slabs go with the pages."""
+    """Divide the budget; tables come off it first, gates and slabs go with the pages.
+
+    Raises:
+        MemoryPlanRefused: It holds no page at each site.
+    """
+    if not specs:
+        return 0
     int32, fp32 = torch.int32.itemsize, torch.float32.itemsize
     runs, slots = 2 * max_tasks, 1 + max_tasks
     tables = len(specs) * (3 * runs + MAX_RUNS * slots) * int32
@@ -230,39 +361,38 @@ def _pages_per_site(
     return (memory_bytes - tables) // page
 
 
-def _check_runs(site: Site, written: Sequence[Held], unwritten: Sequence[Held]) -> None:
+def _check_runs(index: int, place: Place, site: Site, listed: Sequence[Held]) -> None:
     name, table = site.spec.name, site.table
     seen = torch.stack([table.run_first, table.run_pages, table.run_rows]).T.cpu()
-    seen[[id_ for held in unwritten for id_ in held.run_ids]] = 0
     expected = torch.zeros_like(seen)
-    for held in written:
-        for id_, run, span in zip(held.run_ids, held.runs, held.pages(name), strict=False):
-            if name not in run:
+    for held in listed:
+        first = held.pages(place).first
+        for id_, rows in zip(held.run_ids, held.layout.run_rows[:, index].tolist(), strict=True):
+            if not rows:
                 continue
-            rows = run[name].count
-            expected[id_] = torch.tensor([span.first, span.count, rows])
+            count = -(-rows // PAGE)
+            expected[id_] = torch.tensor([first, count, rows])
             for array in (site.a.transpose(1, 2), site.b):
-                beyond = array[span.first : span.stop].flatten(0, 1)[rows:]
+                beyond = array[first : first + count].flatten(0, 1)[rows:]
                 assert not beyond.any(), f"{name}: run {id_} goes beyond its {rows} rows"
+            first += count
+        assert first == held.pages(place).stop, f"{name}: pages that no run of a version has"
     assert torch.equal(seen, expected), f"{name}: the table's runs are not those that hold pages"
 
 
-def _check_gates(site: Site, written: Sequence[Held], unwritten: Sequence[Held]) -> None:
+def _check_gates(index: int, site: Site, listed: Sequence[Held]) -> None:
     name, table = site.spec.name, site.table
     first, gates = table.gate_first.cpu(), table.gates.cpu()
-    here = {slot for held in (*written, *unwritten) if name in held.sites for slot in held.slots}
+    here = {slot for held in listed for slot in held.slots}
     free = sorted(set(range(len(first))) - here)
     assert not first[free].any(), f"{name}: gates of a slot that holds none"
-    for held in written:
-        if name not in held.sites:
-            continue
-        span = held.holding[Place("gate rows", name)][0]
-        start = span.first
+    for held in listed:
         for slot, of_slot in zip(held.slots, held.gates, strict=True):
-            for k, values in enumerate(part.at(name) for part in of_slot):
-                if len(values):
-                    stop = start + len(values)
-                    assert first[slot, k] == start, f"{name}: slot {slot}, k {k} lies elsewhere"
-                    assert torch.equal(gates[start:stop], values), f"{name}: slot {slot}, k {k}"
-                    start = stop
-        assert start == span.stop, f"{name}: {start - span.first} gates where {span.count} are held"
+            for k, (rows, values) in enumerate(of_slot):
+                before, count = int(rows[:index].sum()), int(rows[index])
+                start = int(first[slot, k])
+                expected = values[before : before + count]
+                span = held.holding[GATES][0]
+                inside = span.first <= start and start + count <= span.stop
+                assert inside or not count, f"{name}: slot {slot}, k {k} lies elsewhere"
+                assert torch.equal(gates[start : start + count], expected), f"{name}: {slot}, {k}"

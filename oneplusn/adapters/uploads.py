@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
 from oneplusn.adapters.archives import (
     ARCHIVE_SUFFIXES,
@@ -23,7 +24,8 @@ from oneplusn.adapters.archives import (
 from oneplusn.adapters.checks import shown
 from oneplusn.errors import AdapterInvalid, AdapterMediaType
 
-READ_FILES = ("bundle.json", "adapter_config.json", "adapter_model.safetensors")
+WEIGHTS_FILE = "adapter_model.safetensors"
+READ_FILES = ("bundle.json", "adapter_config.json", WEIGHTS_FILE)
 
 IGNORED_FILES = frozenset(
     {
@@ -45,20 +47,43 @@ RATIO_FLOOR_BYTES = 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
 
 
-def check_file_name(name: str) -> None:
-    """Refuse a file that has no place beside an adapter.
+@dataclass(slots=True)
+class Staged:
+    """What an upload holds.
+
+    Attributes:
+        files: Those that are read, by name.
+        leftovers: Pickles that a trainer left beside safetensors weights; never opened.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    leftovers: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse pickles where nothing else could be the weights.
+
+        Raises:
+            AdapterMediaType: There are some, and no safetensors.
+        """
+        if self.leftovers and WEIGHTS_FILE not in self.files:
+            raise _pickle(self.leftovers[0])
+
+
+def file_kind(name: str) -> Literal["read", "ignored", "leftover"]:
+    """Say what is done with a file; refuse one that has no place beside an adapter.
 
     Raises:
-        AdapterMediaType: a format that can run code when it is opened.
+        AdapterMediaType: The adapter's weights in a format that can run code.
         AdapterInvalid: `file_not_allowed`.
     """
-    if name in READ_FILES or name in IGNORED_FILES:
-        return
+    if name in READ_FILES:
+        return "read"
+    if name in IGNORED_FILES:
+        return "ignored"
     if name.lower().endswith(PICKLE_SUFFIXES):
-        raise AdapterMediaType(
-            f"{shown(name)} can run code when it is opened, so it was not; only safetensors is"
-            " read: save the weights as adapter_model.safetensors and leave this file out"
-        )
+        if name.lower().startswith(WEIGHTS_FILE.partition(".")[0]):
+            raise _pickle(name)
+        return "leftover"
     raise AdapterInvalid(
         f"{shown(name)} does not belong to an adapter; send {', '.join(READ_FILES)} (and README.md"
         " or tokenizer files, which are ignored), or one .tar, .tar.gz or .zip of them",
@@ -66,14 +91,14 @@ def check_file_name(name: str) -> None:
     )
 
 
-def list_folder(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder that are read, by name.
+def list_folder(folder: Path) -> Staged:
+    """Return the files of a folder.
 
     Raises:
         AdapterInvalid: `file_not_allowed`.
-        AdapterMediaType: as `check_file_name`.
+        AdapterMediaType: Only a pickle could be the weights.
     """
-    found = {}
+    found = Staged()
     for path in sorted(folder.iterdir()):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise AdapterInvalid(
@@ -81,14 +106,17 @@ def list_folder(folder: Path) -> dict[str, Path]:
                 " side by side, so copy them with `cp -L` and leave the rest out",
                 code="file_not_allowed",
             )
-        check_file_name(path.name)
-        if path.name in READ_FILES:
-            found[path.name] = path
+        kind = file_kind(path.name)
+        if kind == "read":
+            found.files[path.name] = path
+        elif kind == "leftover":
+            found.leftovers.append(path.name)
+    found.check()
     return found
 
 
-def stage(files: Mapping[str, bytes | Path], scratch: Path, max_bytes: int) -> dict[str, Path]:
-    """Return the files of an upload that are read, by name.
+def stage(files: Mapping[str, bytes | Path], scratch: Path, max_bytes: int) -> Staged:
+    """Return the files of an upload.
 
     Args:
         files: either flat files or one archive, by the names that the sender gave.
@@ -96,26 +124,23 @@ def stage(files: Mapping[str, bytes | Path], scratch: Path, max_bytes: int) -> d
         max_bytes: most bytes of all files together, expanded.
 
     Raises:
-        AdapterInvalid: a name, a kind of member, a size or an archive that is refused.
-        AdapterMediaType: as `check_file_name`.
+        AdapterInvalid: a name, a kind of member or an archive that is refused.
+        AdapterTooLarge: more than `max_bytes`, or an archive that expands too far.
+        AdapterMediaType: only a pickle could be the weights.
     """
     sent = sum(_size(content) for content in files.values())
     check_size(sent, max_bytes)
     name = next(iter(files), "").lower()
     if len(files) == 1 and name.endswith(ARCHIVE_SUFFIXES):
         limit = min(max_bytes, max(MAX_RATIO * sent, RATIO_FLOOR_BYTES))
+        intake = _Intake(scratch, limit)
         with _open(*files.values()) as raw:
-            return _stage_archive(name, raw, _Intake(scratch, limit))
-    intake = _Intake(scratch, sent)
-    for path, content in files.items():
-        kept_as = intake.admit(path)
-        if kept_as is None:
-            continue
-        if isinstance(content, Path):
-            intake.kept[kept_as] = content
-        else:
-            intake.keep(kept_as, io.BytesIO(content))
-    return intake.kept
+            _stage_archive(name, raw, intake)
+    else:
+        intake = _Intake(scratch, sent)
+        _stage_files(files, intake)
+    intake.staged.check()
+    return intake.staged
 
 
 class _Intake:
@@ -128,7 +153,7 @@ class _Intake:
         self.num_members = 0
         self.tops = set[str]()
         self.names = set[str]()
-        self.kept: dict[str, Path] = {}
+        self.staged = Staged()
 
     def admit(self, path: str, *, is_folder: bool = False) -> str | None:
         """Check a member's path; return its file name if that is one that is read."""
@@ -147,13 +172,15 @@ class _Intake:
             raise _bad_path(path)
         if is_folder:
             return None
-        check_file_name(name)
+        kind = file_kind(name)
         if name in self.names:
             raise AdapterInvalid(
                 f"{shown(path)} occurs twice; keep one of them", code="archive_member_refused"
             )
         self.names.add(name)
-        return name if name in READ_FILES else None
+        if kind == "leftover":
+            self.staged.leftovers.append(name)
+        return name if kind == "read" else None
 
     def keep(self, name: str, content: IO[bytes]) -> None:
         """Copy a member's bytes into the scratch folder."""
@@ -163,10 +190,21 @@ class _Intake:
                 self.num_bytes += len(chunk)
                 check_size(self.num_bytes, self.limit)
                 file.write(chunk)
-        self.kept[name] = path
+        self.staged.files[name] = path
 
 
-def _stage_archive(archive: str, raw: BinaryIO, intake: _Intake) -> dict[str, Path]:
+def _stage_files(files: Mapping[str, bytes | Path], intake: _Intake) -> None:
+    for path, content in files.items():
+        kept_as = intake.admit(path)
+        if kept_as is None:
+            continue
+        if isinstance(content, Path):
+            intake.staged.files[kept_as] = content
+        else:
+            intake.keep(kept_as, io.BytesIO(content))
+
+
+def _stage_archive(archive: str, raw: BinaryIO, intake: _Intake) -> None:
     try:
         for member in members(archive, raw, intake.limit):
             name = intake.admit(member.path, is_folder=member.is_folder)
@@ -179,7 +217,6 @@ def _stage_archive(archive: str, raw: BinaryIO, intake: _Intake) -> dict[str, Pa
             " .zip",
             code="archive_damaged",
         ) from None
-    return intake.kept
 
 
 def _split(path: str, *, is_folder: bool) -> tuple[str, str]:
@@ -206,4 +243,11 @@ def _bad_path(path: str) -> AdapterInvalid:
     return AdapterInvalid(
         f"path {shown(path)}: files lie side by side or in one common folder; pack them so",
         code="archive_member_refused",
+    )
+
+
+def _pickle(name: str) -> AdapterMediaType:
+    return AdapterMediaType(
+        f"{shown(name)} can run code when it is opened, so it was not; only safetensors is read:"
+        f" save the weights as {WEIGHTS_FILE} and leave this file out"
     )

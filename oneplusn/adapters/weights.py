@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from oneplusn.adapters.checks import decode_json, shown
@@ -28,6 +28,7 @@ MAX_DIMENSIONS = 4
 MAX_DIMENSION = 2**31 - 1
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 _LENGTH_BYTES = 8
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
@@ -90,14 +91,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file; equal tensors give equal bytes."""
-    # Copies, because the library refuses tensors that share memory.
-    own = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in sorted(tensors.items())
-    }
-    # Written by us, because the library makes files that only their owner can read.
-    path.write_bytes(save(own, metadata={"format": "pt"}))
+    """Write a file, one tensor at a time; equal tensors give equal bytes."""
+    # The widest first, so that every tensor begins at a multiple of its items' size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    stops = list(accumulate(tensor.nbytes for _, tensor in ordered))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for (name, tensor), stop in zip(ordered, stops, strict=True):
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [stop - tensor.nbytes, stop],
+        }
+    data = msgspec.json.encode(header)
+    data += b" " * (-len(data) % _LENGTH_BYTES)
+    with path.open("wb") as file:
+        file.write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _read_header(file: BinaryIO, size: int, name: str) -> bytes:

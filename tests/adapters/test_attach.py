@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from oneplusn.adapters.attach import Attached, attach, find_sites
 from oneplusn.adapters.bundle import Bundle
-from oneplusn.adapters.image import page_image
+from oneplusn.adapters.layout import page_image
 from oneplusn.adapters.pool import Pool
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.errors import OneplusnError

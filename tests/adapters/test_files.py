@@ -267,7 +267,7 @@ def test_equal_bundles_are_equal_files(tmp_path):
     assert one == two
 
 
-@pytest.mark.parametrize("step", ["write_tensors", "_sync", "_move"])
+@pytest.mark.parametrize("step", ["write_tensors", "sync", "_move"])
 def test_a_failure_at_any_step_leaves_nothing(tmp_path, monkeypatch, step):
     def fail(*_args: object) -> None:
         raise OSError(28, "No space left on device")

@@ -1,282 +1,171 @@
-"""A bundle becomes pages and gates: which rank rows, where, and what is refused."""
+"""A page image in a file is the one in memory, and a damaged file is never taken for one."""
 
 from __future__ import annotations
 
-from itertools import accumulate
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, reject, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta
-from oneplusn.adapters.image import PageImage, image_report, page_image
-from oneplusn.errors import AdapterIncompatible, AdapterInvalid
-from oneplusn.kernels.plan import PAGE, SiteSpec
-from random_bundles import delta_weight, make_bundle, shapes_of
-from tolerances import assert_close
+from bundles import small_bundle
+from oneplusn.adapters import image_file
+from oneplusn.adapters.image import PageImage
+from oneplusn.adapters.image_file import check_image, map_image
+from oneplusn.adapters.layout import page_image
+from oneplusn.errors import AdapterCorrupt
+from oneplusn.kernels.plan import SiteSpec
+from random_bundles import make_bundle, shapes_of
 
 QKV = SiteSpec("l.0.q+k+v", 3, (4, 2, 2), ("l.0.q", "l.0.k", "l.0.v"))
 DOWN = SiteSpec("l.0.down", 5, (3,), ("l.0.down",))
 SPECS = (QKV, DOWN)
 
 
-def module(
-    a: Tensor, b: Tensor, ranks: tuple[int, ...], gate: list[list[float]], scale: float = 1.0
-) -> ModuleDelta:
-    return ModuleDelta(a, b, ranks, torch.tensor(gate), torch.full((len(ranks),), scale))
+def an_image(seed: int = 0) -> PageImage:
+    bundle = make_bundle(shapes_of(SPECS), seed=seed, tasks=("t0", "t1"), common=(9, 9))
+    return page_image(bundle, SPECS, torch.bfloat16)
 
 
-def experts(**ranks: int) -> tuple[Expert, ...]:
-    """Expert t0_x is own to t0; one without a task's name is common."""
-    parts = {name: name.partition("_")[0] for name in ranks}
-    return tuple(
-        Expert(name, "own", parts[name], rank)
-        if parts[name].startswith("t")
-        else Expert(name, "common", None, rank)
-        for name, rank in ranks.items()
-    )
+def assert_same(one: PageImage, other: PageImage) -> None:
+    for name in ("digest", "tasks", "task_keys", "task_runs", "num_runs", "num_bytes"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert list(one.sites) == list(other.sites)
+    for name, site in one.sites.items():
+        like = other.sites[name]
+        assert site.run_rows == like.run_rows
+        for ours, theirs in ((site.a, like.a), (site.b, like.b)):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        assert list(site.gates) == list(like.gates)
+        for task, gates in site.gates.items():
+            assert [run.tolist() for run in gates] == [run.tolist() for run in like.gates[task]]
 
 
-def one_module(path: str, delta: ModuleDelta, tasks: int, **ranks: int) -> Bundle:
-    names = tuple(f"t{i}" for i in range(tasks))
-    return Bundle("cgc", names, experts(**ranks), {path: delta})
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "image.bin"
+    an_image().save(path, layout="abc")
+    return path
 
 
-def dense(image: PageImage, spec: SiteSpec, task: str) -> dict[str, Tensor]:
-    """The weights that the pages and gates of a task stand for, fp64, by module."""
-    bounds = spec.bounds
-    weights = [torch.zeros(width, spec.in_features, dtype=torch.float64) for width in spec.slices]
-    site = image.sites.get(spec.name)
-    if site:
-        starts = list(accumulate(site.run_pages, initial=0))
-        for run, gates in zip(image.task_runs[task], site.gates[task], strict=True):
-            pages = slice(starts[run], starts[run + 1])
-            a = site.a[pages].transpose(0, 1).flatten(1, 2).double()[:, : len(gates)]
-            b = site.b[pages].flatten(0, 1).double()[: len(gates)]
-            for s, weight in enumerate(weights):
-                columns = b[:, bounds[s] : bounds[s + 1]]
-                weight += (columns.T * gates.double()) @ a[s]
-    return dict(zip(spec.modules, weights, strict=True))
-
-
-def test_common_experts_come_first_and_each_task_has_a_run_of_its_own() -> None:
-    delta = module(
-        torch.arange(18.0).view(6, 3) + 1,
-        torch.arange(24.0).view(4, 6) + 1,
-        ranks=(3, 2, 1),
-        gate=[[2.0, 0.5, 0.0], [0.0, -0.5, 3.0]],
-        scale=2.0,
-    )
-    image = page_image(
-        one_module("l.0.q", delta, 2, t0_x=3, shared=2, t1_x=1), SPECS, torch.float32
-    )
-
-    assert image.num_runs == 3
-    assert image.task_runs == {"t0": (0, 1), "t1": (0, 2)}
-    assert image.sites.keys() == {QKV.name}
-    site = image.sites[QKV.name]
-    assert site.run_rows == (2, 3, 1)
-    assert site.a.shape == (3, 3, PAGE, 3)
-    assert site.b.shape == (3, PAGE, 8)
-    gates = {task: [run.tolist() for run in runs] for task, runs in site.gates.items()}
-    assert gates == {"t0": [[1.0, 1.0], [4.0] * 3], "t1": [[-1.0, -1.0], [6.0]]}
-    torch.testing.assert_close(site.a[0, 0, :2], delta.a[3:5], rtol=0, atol=0)
-    torch.testing.assert_close(site.a[1, 0, :3], delta.a[:3], rtol=0, atol=0)
-    torch.testing.assert_close(site.b[2, :1, :4], delta.b[:, 5:].T, rtol=0, atol=0)
-    assert not site.a[:, 1:].any()
-    assert not site.b[..., 4:].any()
-
-
-def test_experts_share_pages_and_a_run_ends_where_its_last_row_does() -> None:
-    rank = (7, 5, 9, 2)
-    gate = [[1.0] * 4, [1.0] * 4]
-    delta = module(torch.ones(23, 5), torch.ones(3, 23), rank, gate)
-    bundle = one_module("l.0.down", delta, 2, c0=7, c1=5, c2=9, c3=2)
-
-    site = page_image(bundle, SPECS, torch.float32).sites[DOWN.name]
-
-    assert site.run_rows == (23,)
-    assert site.run_pages == (2,)
-    rows = site.a.transpose(1, 2).reshape(32, 5)
-    assert rows[:23].all()
-    assert not rows[23:].any()
-    assert not site.b.view(32, 3)[23:].any()
-
-
-def slices_bundle(q: float, k: float, v: float) -> Bundle:
-    """One expert at q, k and v, of rank 2, 3 and 1, with these scales."""
-    modules = {
-        path: module(torch.ones(rank, 3), torch.ones(width, rank), (rank,), [[1.0]], scale)
-        for path, rank, width, scale in (
-            ("l.0.q", 2, 4, q),
-            ("l.0.k", 3, 2, k),
-            ("l.0.v", 1, 2, v),
-        )
-    }
-    return Bundle("lora", ("t0",), experts(t0_x=3), modules)
-
-
-@pytest.mark.parametrize(
-    ("scales", "gates"),
-    [
-        pytest.param((2.0, 2.0, 2.0), [2.0] * 3, id="all-alike"),
-        pytest.param((2.0, 2.0, 1.0), [2.0] * 3 + [1.0], id="v-apart"),
-        pytest.param((1.0, 2.0, 1.0), [1.0] * 2 + [2.0] * 3, id="k-apart"),
-        pytest.param((1.0, 2.0, 3.0), [1.0] * 2 + [2.0] * 3 + [3.0], id="all-apart"),
-        pytest.param((1.0, 0.0, 1.0), [1.0] * 2, id="ungated-slice-has-no-rows"),
-    ],
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10_000),
+    num_tasks=st.integers(1, 4),
+    common=st.lists(st.integers(1, 20), max_size=3),
+    own=st.lists(st.integers(0, 17), min_size=4, max_size=4),
+    modules=st.sets(st.sampled_from([*QKV.modules, *DOWN.modules]), min_size=1),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    gates_differ=st.booleans(),
 )
-def test_slices_share_rank_rows_if_they_are_gated_alike(scales, gates) -> None:
-    bundle = slices_bundle(*scales)
-    image = page_image(bundle, SPECS, torch.float32)
-    site = image.sites[QKV.name]
-    assert site.gates["t0"][0].tolist() == gates
-    assert site.run_rows == (0, len(gates))
-    for path, weight in dense(image, QKV, "t0").items():
-        assert torch.equal(weight, delta_weight(bundle, "t0", path))
+def test_what_is_opened_is_what_was_saved(
+    tmp_path, seed, num_tasks, common, own, modules, dtype, gates_differ
+) -> None:
+    tasks = tuple(f"t{i}" for i in range(num_tasks))
+    ranks = {task: rank for task, rank in zip(tasks, own, strict=False) if rank}
+    if len(ranks) < num_tasks and not common:
+        common = [1]
+    shapes = {path: shape for path, shape in shapes_of(SPECS).items() if path in modules}
+    bundle = make_bundle(
+        shapes, seed=seed, tasks=tasks, common=common, own=ranks, gates_differ=gates_differ
+    )
+    image = page_image(bundle, SPECS, dtype)
+    path = tmp_path / "image.bin"
+    image.save(path)
+    check_image(path, bundle.digest)
+    assert_same(PageImage.open(path), image)
 
 
-def test_rows_of_one_slice_are_zero_in_the_others() -> None:
-    site = page_image(slices_bundle(1.0, 2.0, 3.0), SPECS, torch.float32).sites[QKV.name]
-    used_a = site.a[0, :, :6].any(dim=-1).T.tolist()
-    used_b = torch.stack([b.any(dim=-1) for b in site.b[0, :6].split(QKV.slices, -1)], 1).tolist()
-    q, k, v = [True, False, False], [False, True, False], [False, False, True]
-    assert used_a == used_b == [q, q, k, k, k, v]
+def test_pages_are_where_they_lie_in_the_file(saved, monkeypatch) -> None:
+    maps = []
+    mapped = image_file.mmap.mmap
+
+    def note(*args: object, **kwargs: object) -> mmap.mmap:
+        maps.append(mapped(*args, **kwargs))
+        return maps[-1]
+
+    monkeypatch.setattr(image_file.mmap, "mmap", note)
+    image = PageImage.open(saved)
+    first = image.sites[QKV.name].a.view(torch.uint8).flatten()
+    start = torch.frombuffer(maps[0], dtype=torch.uint8).data_ptr()
+    offset = first.data_ptr() - start
+    assert 0 < offset < len(maps[0])
+    assert saved.read_bytes()[offset : offset + len(first)] == bytes(first.tolist())
+    for site in image.sites.values():
+        for array in (site.a, site.b):
+            assert (array.data_ptr() - start) % image_file.ALIGNMENT == 0
 
 
-def test_an_expert_that_nobody_gates_is_left_out() -> None:
-    delta = module(torch.ones(4, 5), torch.ones(3, 4), (2, 2), [[1.0, 0.0]])
-    image = page_image(one_module("l.0.down", delta, 1, t0_x=2, c0=2), SPECS, torch.float32)
-    assert image.sites[DOWN.name].run_rows == (0, 2)
-    assert image.task_runs == {"t0": (1,)}
+def test_an_open_image_survives_its_file(saved) -> None:
+    image = PageImage.open(saved)
+    saved.unlink()
+    assert_same(image, an_image())
 
 
-def test_a_task_of_common_experts_alone_has_no_own_run() -> None:
-    delta = module(torch.ones(5, 5), torch.ones(3, 5), (2, 3), [[1.0, 0.0], [1.0, 1.0]])
-    image = page_image(one_module("l.0.down", delta, 2, c0=2, t1_x=3), SPECS, torch.float32)
-    assert image.task_runs == {"t0": (0,), "t1": (0, 1)}
+def test_a_file_is_replaced_whole(saved) -> None:
+    old = PageImage.open(saved)
+    an_image(seed=1).save(saved)
+    assert_same(old, an_image())
+    assert_same(PageImage.open(saved), an_image(seed=1))
+    assert [path.name for path in saved.parent.iterdir()] == ["image.bin"]
 
 
-@st.composite
-def bundles(draw: st.DrawFn) -> Bundle:
-    tasks = tuple(f"t{i}" for i in range(draw(st.integers(1, 4))))
-    kinds = draw(st.lists(st.sampled_from((None, *tasks)), min_size=1, max_size=5))
-    rank = st.integers(0, 40)
-    gate = st.sampled_from((0.0, 1.0, -0.5, 3.0))
-    torch.manual_seed(draw(st.integers(0, 9)))
-    modules = {}
-    for path, (inputs, outputs) in shapes_of(SPECS).items():
-        ranks = tuple(draw(rank) for _ in kinds)
-        if sum(ranks):
-            gates = [[draw(gate) for _ in kinds] for _ in tasks]
-            a, b = torch.randn(sum(ranks), inputs), torch.randn(outputs, sum(ranks))
-            modules[path] = module(a, b, ranks, gates, scale=draw(st.sampled_from((1.0, 0.25))))
-    largest = [max((m.ranks[e] for m in modules.values()), default=0) for e in range(len(kinds))]
-    names = [
-        Expert(f"e{i}", "own" if owner else "common", owner, r)
-        for i, (owner, r) in enumerate(zip(kinds, largest, strict=True))
-    ]
-    try:
-        return Bundle("cgc", tasks, tuple(names), modules)
-    except AdapterInvalid:  # an expert without rank, or a task without expert
-        reject()
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        an_image().save(tmp_path / "image.bin")
+    assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=60)
-@given(bundle=bundles())
-def test_pages_and_gates_are_the_delta_of_every_task(bundle: Bundle) -> None:
-    image = page_image(bundle, SPECS, torch.float32)
-    for spec in SPECS:
-        for task in bundle.tasks:
-            for path, weight in dense(image, spec, task).items():
-                expected = delta_weight(bundle, task, path)
-                assert_close(weight, torch.zeros_like(weight) if expected is None else expected)
+def test_the_layout_is_noted(saved) -> None:
+    assert map_image(saved).header.layout == "abc"
 
 
-def test_values_round_once_to_the_pools_dtype() -> None:
-    bundle = make_bundle({"l.0.down": (5, 3)}, seed=0, own={"t0": 4})
-    site = page_image(bundle, SPECS, torch.bfloat16).sites[DOWN.name]
-    delta = bundle.modules["l.0.down"]
-    assert torch.equal(site.a[0, 0, :4], delta.a.bfloat16())
-    assert torch.equal(site.b[0, :4], delta.b.T.bfloat16())
-    assert site.gates["t0"][0].dtype == torch.float32
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_the_largest_value_of_a_bundle_is_finite_in_every_dtype(dtype: torch.dtype) -> None:
-    delta = module(torch.full((1, 5), 65504.0), torch.full((3, 1), -65504.0), (1,), [[1.0]])
-    site = page_image(one_module("l.0.down", delta, 1, t0_x=1), SPECS, dtype).sites[DOWN.name]
-    assert site.a.isfinite().all()
-    assert site.b.isfinite().all()
+class TestDamage:
+    @pytest.mark.parametrize("offset", [0, 9, 12, 16, 24, 300])
+    def test_in_the_header_is_seen_when_it_is_opened(self, saved, offset) -> None:
+        flip(saved, offset)
+        with pytest.raises(AdapterCorrupt, match=r"page image image\.bin cannot be used"):
+            PageImage.open(saved)
 
+    @pytest.mark.parametrize("keep", [0, 10, 40, 1000, -1])
+    def test_a_file_that_was_cut_off(self, saved, keep) -> None:
+        saved.write_bytes(saved.read_bytes()[:keep])
+        with pytest.raises(AdapterCorrupt, match="cannot be used"):
+            PageImage.open(saved)
 
-def test_identities_are_those_of_the_bundle() -> None:
-    bundle = make_bundle(shapes_of(SPECS), seed=1, tasks=("t0", "t1"), common=(2,))
-    image = page_image(bundle, SPECS, torch.float32)
-    assert image.digest == bundle.digest
-    assert image.tasks == bundle.tasks
-    assert image.task_keys == {task: bundle.task_digest(task) for task in bundle.tasks}
+    def test_a_file_that_has_more(self, saved) -> None:
+        saved.write_bytes(saved.read_bytes() + b"\0")
+        with pytest.raises(AdapterCorrupt, match="and should have"):
+            PageImage.open(saved)
 
+    def test_a_file_that_is_missing(self, tmp_path) -> None:
+        with pytest.raises(AdapterCorrupt, match="No such file"):
+            PageImage.open(tmp_path / "image.bin")
 
-def test_report_tells_what_the_image_takes() -> None:
-    bundle = make_bundle(shapes_of(SPECS), seed=2, tasks=("t0", "t1"), common=(9, 9))
-    report = image_report(bundle, SPECS, torch.bfloat16)
-    image = page_image(bundle, SPECS, torch.bfloat16)
-    assert report.modules == tuple(shapes_of(SPECS))
-    assert report.ranks == dict.fromkeys(report.modules, 9 + 9 + 3 + 3)
-    # Per site two pages of common rows and one for each task.
-    assert report.num_pages == sum(len(site.a) for site in image.sites.values()) == 8
-    assert report.num_bytes == image.num_bytes
+    def test_in_the_pages_is_seen_when_it_is_checked(self, saved) -> None:
+        digest = map_image(saved).header.digest
+        check_image(saved, digest)
+        for offset in (map_image(saved).start, -1):
+            flip(saved, offset)
+            with pytest.raises(AdapterCorrupt, match="arrays"):
+                check_image(saved, digest)
+            flip(saved, offset)
+        check_image(saved, digest)
 
-
-def test_modules_that_the_base_lacks_are_named_beside_some_that_it_has() -> None:
-    shapes = shapes_of(SPECS) | {f"l.{i}.up": (5, 3) for i in range(1, 8)}
-    with pytest.raises(AdapterIncompatible) as caught:
-        page_image(make_bundle(shapes, seed=0), SPECS, torch.float32)
-    message = caught.value.message
-    assert message.startswith("7 of 11 modules")
-    assert "l.1.up, l.2.up, l.3.up, l.4.up, l.5.up and 2 more" in message
-    assert "l.6.up" not in message
-    assert "it has l.0.q, l.0.k, l.0.v, l.0.down" in message
-
-
-def test_modules_of_another_shape_are_named_with_both_shapes() -> None:
-    shapes = shapes_of(SPECS) | {"l.0.k": (7, 2)}
-    with pytest.raises(AdapterIncompatible, match=r"l\.0\.k \(adapter 7 -> 2, base 3 -> 2\)"):
-        image_report(make_bundle(shapes, seed=0), SPECS, torch.float32)
-
-
-def test_a_task_that_changes_nothing_is_refused() -> None:
-    zero, one = torch.zeros(4, 5), torch.ones(3, 4)
-    zero[2:] = 1
-    one[:, 3:] = 0
-    gate = [[1.0, 0.0], [0.0, 1.0]]
-    half = module(zero, one, (2, 2), gate)
-    with pytest.raises(AdapterInvalid, match=r"1 of 2 tasks change nothing.*: t0;"):
-        page_image(one_module("l.0.down", half, 2, t0_x=2, t1_x=2), SPECS, torch.float32)
-
-
-def test_live_rows_that_only_others_gate_do_not_count() -> None:
-    b = torch.ones(3, 4)
-    b[:, :2] = 0
-    delta = module(torch.ones(4, 5), b, (2, 2), [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    with pytest.raises(AdapterInvalid, match=r"1 of 3 tasks change nothing.*: t0;"):
-        page_image(one_module("l.0.down", delta, 3, c0=2, c1=2), SPECS, torch.float32)
-
-
-def test_a_in_one_slice_and_b_in_another_change_nothing() -> None:
-    q = module(torch.ones(2, 3), torch.zeros(4, 2), (2,), [[1.0]])
-    k = module(torch.zeros(2, 3), torch.ones(2, 2), (2,), [[1.0]])
-    bundle = Bundle("lora", ("t0",), experts(t0_x=2), {"l.0.q": q, "l.0.k": k})
-    with pytest.raises(AdapterInvalid, match="change nothing"):
-        page_image(bundle, SPECS, torch.float32)
-
-
-def test_a_delta_that_the_dtype_rounds_to_zero_is_refused() -> None:
-    small = module(torch.full((1, 5), 1e-9), torch.ones(3, 1), (1,), [[1.0]])
-    bundle = one_module("l.0.down", small, 1, t0_x=1)
-    assert page_image(bundle, SPECS, torch.bfloat16).num_bytes
-    with pytest.raises(AdapterInvalid, match="change nothing"):
-        page_image(bundle, SPECS, torch.float16)
+    def test_an_image_of_another_version(self, saved) -> None:
+        other = small_bundle(tasks=("t",)).digest
+        with pytest.raises(AdapterCorrupt, match="it is of sha256"):
+            check_image(saved, other)

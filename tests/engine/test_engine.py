@@ -10,7 +10,6 @@ from torch import Tensor
 
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.errors import (
-    AdapterError,
     AdapterNotFound,
     ConfigError,
     InvalidRequest,
@@ -100,6 +99,15 @@ def test_same_tokens_with_a_warm_prefix(family, bundles, jobs, solo) -> None:
     assert [answer.cached_tokens for answer in warm] == [
         (len(job.prompt) - 1) // 16 * 16 for job in jobs
     ]
+
+
+def test_four_answers_to_one_prompt_compute_it_once(family, bundles) -> None:
+    job = Job(tuple(range(40)), ((bundles[0], "a1"),))
+    (expected,) = alone(tiny_engine(family, bundles), [job])
+    answers, stats = run(tiny_engine(family, bundles), [job] * 4)
+    assert_same(answers, [expected.decided] * 4)
+    assert [answer.cached_tokens for answer in answers] == [0, 32, 32, 32]
+    assert sum(step.num_prefill_tokens for step in stats) == 40 + 3 * 8
 
 
 def test_tokens_and_logits_of_the_merged_model(family, bundles, jobs, solo, monkeypatch) -> None:
@@ -237,21 +245,6 @@ def test_unknown_task_of_a_resident_adapter_is_refused(llama_bundles) -> None:
     engine = tiny_engine("llama", [a])
     with pytest.raises(AdapterNotFound, match="no task 'z'"):
         engine.submit(submit(refs=(TaskRef(a.digest, "z"),)))
-
-
-def test_adapter_in_use_cannot_be_unloaded_until_its_request_ends(llama_bundles) -> None:
-    a, *_ = llama_bundles
-    engine = tiny_engine("llama", [a])
-    loaded = engine.stats.pool_used_bytes
-    engine.submit(submit(refs=(TaskRef(a.digest, "a1"),)))
-    engine.step()
-    with pytest.raises(AdapterError, match="1 references"):
-        engine.unload(a.digest)
-    while engine.has_work:
-        engine.step()
-    assert engine.unload(a.digest) == loaded > 0
-    assert engine.stats.pool_used_bytes == 0
-    assert engine.stats.resident == []
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

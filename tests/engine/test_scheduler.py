@@ -250,8 +250,9 @@ def test_an_adapter_that_is_late_holds_back_nobody_and_costs_no_place():
     for name in "abc":
         add(sched, name, 2, max_tokens=1 if name == "a" else 9)
     assert [row[0] for row in step(sched)] == ["a", "b"]
-    sched.adapter_ready("late", slot=4, task_key="k")
-    assert (late.slot, late.task_key, late.status) == (4, "k", Status.WAITING)
+    late.slot, late.task_key = 4, "k"
+    sched.adapter_ready(late)
+    assert late.status is Status.WAITING
     assert step(sched) == [("b", 2, 1, True), ("late", 0, 3, True)]
     assert [seq.id for seq in sched.running] == ["late", "b"]
     assert [seq.id for seq in sched.waiting] == ["c"]

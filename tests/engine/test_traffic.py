@@ -78,8 +78,12 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.waiting_adapter)
     @rule(data=st.data())
     def adapter_comes(self, data):
-        seq_id = data.draw(st.sampled_from(sorted(self.scheduler.waiting_adapter)))
-        self.scheduler.adapter_ready(seq_id, slot=1, task_key="t1")
+        self.give_adapter(data.draw(st.sampled_from(sorted(self.scheduler.waiting_adapter))))
+
+    def give_adapter(self, seq_id: str) -> None:
+        seq = self.scheduler.waiting_adapter[seq_id]
+        seq.slot, seq.task_key = 1, "t1"
+        self.scheduler.adapter_ready(seq)
 
     @precondition(lambda self: self.seqs)
     @rule(data=st.data())
@@ -106,7 +110,7 @@ class Traffic(RuleBasedStateMachine):
 
     def teardown(self):
         for seq_id in sorted(self.scheduler.waiting_adapter):
-            self.scheduler.adapter_ready(seq_id, slot=1, task_key="t1")
+            self.give_adapter(seq_id)
         while self.scheduler.has_work:
             self.step()
         assert self.blocks.num_free == self.blocks.num_blocks

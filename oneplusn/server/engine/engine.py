@@ -1,27 +1,46 @@
-"""The engine core: requests in, one mixed batch a step, tokens out. No asyncio, no clients."""
+"""The engine core: requests in, one mixed batch a step, tokens out. No asyncio, no clients.
+
+Whoever drives it loops: hand over messages, `write_some` of the adapters that are on their way,
+`step`, pass on what these two and `poll` return.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from oneplusn.adapters.bundle import Bundle
-from oneplusn.adapters.image import page_image
+from oneplusn.adapters.image import PageImage
+from oneplusn.adapters.layout import page_image
 from oneplusn.adapters.pool import Pool
-from oneplusn.errors import ConfigError, InvalidRequest, PromptTooLong
+from oneplusn.errors import ConfigError, InvalidRequest, OneplusnError, PromptTooLong
 from oneplusn.kernels.plan import BASE_SLOT
 from oneplusn.server.engine.attention import KVCache
+from oneplusn.server.engine.grammar import GrammarStore
 from oneplusn.server.engine.kv_cache import BlockManager
 from oneplusn.server.engine.memory import plan_memory
 from oneplusn.server.engine.model import LoadedModel
+from oneplusn.server.engine.residency import Residency
 from oneplusn.server.engine.runner import Runner
-from oneplusn.server.engine.sampler import SampledTokens, Sampler
+from oneplusn.server.engine.sampler import SampledTokens, Sampler, TopTokens
 from oneplusn.server.engine.scheduler import Schedule, Scheduler
-from oneplusn.server.engine.sequence import Sequence
-from oneplusn.server.messages import Stats, StepOutputs, StepStats, Submit, TokenOutput
+from oneplusn.server.engine.sequence import Sequence, Status
+from oneplusn.server.messages import (
+    FinishReason,
+    Freed,
+    Loaded,
+    Refusal,
+    Stats,
+    StepOutputs,
+    StepStats,
+    Submit,
+    TokenOutput,
+)
 
+GRAMMAR_WAIT_S = 0.01
 _log = logging.getLogger("oneplusn.engine")
 
 
@@ -37,6 +56,7 @@ class EngineConfig:
         token_budget: Most tokens in one step.
         block_size: Tokens of a KV block.
         max_tasks: Most tasks and blends that are resident at once.
+        max_adapters: Most distinct adapters in one step; None = no limit.
 
     Raises:
         ConfigError: A limit is not positive.
@@ -49,6 +69,7 @@ class EngineConfig:
     token_budget: int = 512
     block_size: int = 16
     max_tasks: int = 1024
+    max_adapters: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -65,12 +86,23 @@ class Engine:
         model: The base model.
         memory: How its memory is divided.
         scheduler: The requests in flight.
-        pool: The resident adapters.
+        residency: The adapters, here or on their way.
         runner: The model at work.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Take a model over, which must belong to no other engine.
+
+        Args:
+            model: The base model.
+            config: Limits.
+            clock: Seconds, for deadlines and budgets of time.
 
         Raises:
             ConfigError: The limits contradict each other or the model.
@@ -96,22 +128,39 @@ class Engine:
             token_budget=config.token_budget,
             max_model_len=max_model_len,
             eos_ids=model.eos_ids,
+            max_adapters=config.max_adapters,
         )
-        self.pool = Pool(
+        pool = Pool(
             model.sites,
             memory_bytes=self.memory.adapters,
             dtype=model.dtype,
             max_tasks=config.max_tasks,
         )
+        self.residency = Residency(pool, clock)
         cache = KVCache(model.layers, blocks.num_blocks, config.block_size, model.dtype)
-        self.runner = Runner(model, self.pool, cache)
+        self.runner = Runner(model, pool, cache)
+        self._clock = clock
         self._sampler = Sampler(model.eos_ids)
-        self._in_flight: set[str] = set()
+        self._grammars = GrammarStore(model.folder, model.vocab_size, model.eos_ids)
+        self._in_flight: dict[str, Sequence] = {}
+        self._next_deadline = math.inf
+        self._ended: list[TokenOutput] = []
+        self._refused: list[Refusal] = []
+
+    @property
+    def pool(self) -> Pool:
+        """The resident adapters."""
+        return self.residency.pool
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to compute."""
-        return self.scheduler.has_work
+        """Whether `step` has something to compute or to say."""
+        return self.scheduler.has_work or bool(self._ended or self._refused)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether `write_some` has something to write."""
+        return self.residency.is_writing
 
     @property
     def stats(self) -> Stats:
@@ -128,38 +177,51 @@ class Engine:
     def submit(self, message: Submit) -> None:
         """Queue a request. What it refers to stays resident until it ends.
 
+        One whose adapter is on its way waits for it, and holds back nobody.
+
         Raises:
             InvalidRequest: A token is none of the model's, the id is in flight, or the blend is
                 malformed.
             PromptTooLong: The prompt leaves no room for an answer.
-            AdapterNotFound: A task is not resident.
+            AdapterNotFound: A task is neither resident nor on its way, or is being unloaded.
             PoolExhausted: There is no room for one more blend.
         """
         self._check(message)
-        task_key = self.pool.task_key(message.refs)
+        grammar = None
+        if message.grammar is not None:
+            room = self.scheduler.max_model_len - len(message.tokens)
+            num_tokens = min(message.sampling.max_tokens, room)
+            grammar = self._grammars.open(message.grammar, num_tokens)
+        now = self._clock()
         seq = Sequence(
             message.id,
             message.tokens,
             message.sampling,
-            slot=self.pool.acquire(message.refs),
-            task_key=task_key,
+            slot=None,
             salt=message.salt,
+            refs=message.refs,
+            arrived=now,
+            deadline=None if message.timeout is None else now + message.timeout,
+            grammar=grammar,
+            status=Status.WAITING_ADAPTER,
         )
+        if self.residency.acquire(seq):
+            seq.move_to(Status.WAITING)
         try:
             self.scheduler.add(seq)
         except PromptTooLong:
-            self._release(seq)
+            self.residency.release(seq)
             raise
-        self._in_flight.add(seq.id)
+        self._in_flight[seq.id] = seq
+        if seq.deadline is not None:
+            self._next_deadline = min(self._next_deadline, seq.deadline)
 
     def cancel(self, request_id: str) -> None:
         """End a request at once and without a word; unknown ids are ignored."""
-        seq = self.scheduler.abort(request_id)
-        if seq is not None:
-            self._release(seq)
+        self._end(request_id, "abort")
 
-    def load(self, bundle: Bundle) -> int:
-        """Make an adapter version resident; return its bytes.
+    def load(self, bundle: Bundle, *, pin: bool = False) -> int:
+        """Make an adapter version resident here and now; return its bytes.
 
         Raises:
             AdapterIncompatible: It was made for another base model.
@@ -167,27 +229,73 @@ class Engine:
             PoolExhausted: It does not fit beside what is in use.
         """
         image = page_image(bundle, self.model.sites, self.model.dtype)
-        self.pool.load(image)
+        self.residency.load(image, pin=pin)
         return image.num_bytes
 
-    def unload(self, digest: str) -> int:
-        """Drop an adapter version; return the bytes freed.
+    def keep(self, digest: str, *, pin: bool | None = None) -> bool:
+        """Take a load that needs no image, as the version is here or on its way; or return False.
 
-        Raises:
-            AdapterNotFound: It is not resident.
-            AdapterError: A request uses it.
+        Args:
+            digest: The version.
+            pin: Whether it is kept from now on, whoever needs room; None = as before.
         """
-        return self.pool.unload(digest)
+        return self.residency.keep(digest, pin=pin)
+
+    def begin_load(self, image: PageImage, *, pin: bool | None = None) -> None:
+        """Queue a version for `write_some`; `poll` tells when it is resident, or why not.
+
+        Args:
+            image: The version; read until then.
+            pin: Whether it is kept until it is unloaded, whoever needs room.
+        """
+        self.residency.begin_load(image, pin=pin)
+
+    def write_some(self, seconds: float) -> None:
+        """Write pieces of what is on its way, for about so long and one at least."""
+        self._expire()
+        settled = self.residency.write_some(seconds)
+        for seq in settled.ready:
+            self.scheduler.adapter_ready(seq)
+        for seq, error in settled.failed:
+            self._end(seq.id, "error")
+            self._refused.append(_refusal(seq.id, error))
+
+    def unload(self, digest: str, *, force: bool = False) -> None:
+        """Drop a version as soon as no request refers to it, which `poll` tells.
+
+        New requests for it are refused from now on.
+
+        Args:
+            digest: The version.
+            force: End the requests that refer to it.
+        """
+        for seq in list(self._in_flight.values()) if force else ():
+            if digest in seq.adapters:
+                self._end(seq.id, "abort")
+                error = "its adapter was unloaded by force"
+                self._ended.append(TokenOutput(seq.id, finish="abort", error=error))
+        self.residency.unload(digest)
+
+    def poll(self) -> list[Loaded | Freed]:
+        """Return which versions came or left since the last call."""
+        return self.residency.poll()
 
     def step(self) -> StepOutputs:
         """Compute one batch of whatever is to be done, and say what came of it.
 
-        A fault of the model ends the requests of this batch with an error, and no others.
+        Requests whose deadline has passed end first. A fault of the model ends the requests of
+        this batch with an error, and no others.
         """
         started = time.perf_counter()
+        self._expire()
         schedule = self.scheduler.schedule()
+        outputs, self._ended = self._ended, []
+        refused, self._refused = self._refused, []
         if schedule is None:
-            return StepOutputs([], StepStats())
+            if not outputs and not refused:
+                self._grammars.wait(GRAMMAR_WAIT_S)
+            return StepOutputs(outputs, StepStats(waiting=self.scheduler.num_waiting), refused)
+        self._note_start(schedule)
         clusters = self._clusters(schedule)
         try:
             logits = self.runner.run(schedule)
@@ -195,14 +303,15 @@ class Engine:
         except Exception:
             # Whatever it was, it must not take down the requests that were not part of it.
             _log.exception("a step of %d sequences failed", len(schedule.items))
-            outputs = self._fail(schedule)
+            outputs += self._fail(schedule)
         else:
-            outputs = self._commit(schedule, sampled)
-        return StepOutputs(outputs, self._step_stats(schedule, clusters, started))
+            outputs += self._commit(schedule, sampled)
+        return StepOutputs(outputs, self._step_stats(schedule, clusters, started), refused)
 
     def close(self) -> None:
         """Give the model back as it was, and drop the KV cache."""
         self.runner.close()
+        self._grammars.close()
 
     def _check(self, message: Submit) -> None:
         """Refuse what the model or the sampler would stumble over.
@@ -238,23 +347,54 @@ class Engine:
             if slot is not None and slot != BASE_SLOT
         }
 
+    def _expire(self) -> None:
+        """End the requests whose deadline has passed."""
+        now = self._clock()
+        if now < self._next_deadline:
+            return
+        flying = self._in_flight.values()
+        for seq in [seq for seq in flying if seq.deadline is not None and seq.deadline <= now]:
+            self._end(seq.id, "timeout")
+            self._ended.append(TokenOutput(seq.id, finish="timeout"))
+        left = (seq.deadline for seq in flying if seq.deadline is not None)
+        self._next_deadline = min(left, default=math.inf)
+
+    def _note_start(self, schedule: Schedule) -> None:
+        """Note when sequences had rows for the first time."""
+        now = self._clock()
+        for item in schedule.items:
+            if item.seq.started is None:
+                item.seq.started = now
+
     def _commit(self, schedule: Schedule, sampled: SampledTokens) -> list[TokenOutput]:
         """Record what a step computed, release what has finished, and say it."""
         seqs = schedule.sampled
+        for seq in seqs:
+            if seq.grammar is not None and seq.grammar.failure is not None:
+                self._end(seq.id, "error")
         for seq in self.scheduler.commit(schedule, sampled.tokens):
             self._release(seq)
         rows = zip(seqs, sampled.tokens, sampled.logprobs, sampled.top, strict=True)
-        return [
-            TokenOutput(
-                seq.id,
-                token,
-                logprob=logprob,
-                top=top,
-                finish=seq.finish,
-                cached_tokens=seq.num_cached,
-            )
-            for seq, token, logprob, top in rows
-        ]
+        return [self._output(*row) for row in rows]
+
+    def _output(
+        self, seq: Sequence, token: int, logprob: float | None, top: TopTokens | None
+    ) -> TokenOutput:
+        """Say what a step did for one sequence."""
+        grammar = seq.grammar
+        if grammar is not None and grammar.failure is not None:
+            return TokenOutput(seq.id, finish="error", error=grammar.failure)
+        # One that was brought to its end for want of tokens has an end token all the same.
+        is_mark = grammar is not None and seq.finish == "length" and token in self.model.eos_ids
+        return TokenOutput(
+            seq.id,
+            None if is_mark else token,
+            logprob=logprob,
+            top=top,
+            finish=seq.finish,
+            cached_tokens=seq.num_cached,
+            queued_s=_queued(seq),
+        )
 
     def _fail(self, schedule: Schedule) -> list[TokenOutput]:
         """End every request of a step that broke off. Nothing that it wrote is ever read."""
@@ -263,11 +403,16 @@ class Engine:
         error = "the model failed in the batch that held this request; try again"
         return [TokenOutput(item.seq.id, finish="error", error=error) for item in schedule.items]
 
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        """End a request now, in whatever state it is."""
+        seq = self.scheduler.abort(request_id, reason)
+        if seq is not None:
+            self._release(seq)
+
     def _release(self, seq: Sequence) -> None:
         """Let go of a request that has ended, and of its adapter."""
-        self._in_flight.discard(seq.id)
-        if seq.slot is not None:
-            self.pool.release(seq.slot)
+        del self._in_flight[seq.id]
+        self.residency.release(seq)
 
     def _step_stats(
         self, schedule: Schedule, clusters: Mapping[int, tuple[str, ...]], started: float
@@ -285,3 +430,15 @@ class Engine:
             preemptions=len(schedule.preempted),
             cached_tokens=schedule.cached_tokens,
         )
+
+
+def _queued(seq: Sequence) -> float | None:
+    """Return how long a sequence waited for its first step, with its first token only."""
+    if len(seq.output) > 1 or seq.started is None:
+        return None
+    return seq.started - seq.arrived
+
+
+def _refusal(request_id: str, error: OneplusnError) -> Refusal:
+    kind = type(error).__name__
+    return Refusal(request_id, kind, error.message, error.code, error.param)

@@ -56,6 +56,17 @@ class BlockManager:
         """Share of the blocks that sequences use, 0 to 1."""
         return 1 - self.num_free / self.num_blocks
 
+    def next_needed(self, seq: Sequence) -> bytes | None:
+        """Return the hash of the first block that `seq` could start on if it were published."""
+        found = len(self._find(seq))
+        return seq.block_hashes[found] if found < self._num_reusable(seq) else None
+
+    def expected(self, seq: Sequence) -> list[bytes]:
+        """Return the hashes that `seq` will publish when its known tokens are computed."""
+        full = seq.num_tokens // self.block_size
+        self._hash(seq, full)
+        return seq.block_hashes[seq.num_computed // self.block_size : full]
+
     def allocate(self, seq: Sequence, *, spare: int = 0) -> bool:
         """Take blocks for all tokens of `seq`, reusing those that hold its first ones.
 
@@ -143,7 +154,7 @@ class BlockManager:
 
     def _find(self, seq: Sequence) -> list[int]:
         """Look up the published blocks that begin `seq`, but never all of its tokens."""
-        most = (seq.num_tokens - 1) // self.block_size
+        most = self._num_reusable(seq)
         self._hash(seq, most)
         found = []
         for digest in seq.block_hashes[:most]:
@@ -152,6 +163,9 @@ class BlockManager:
                 break
             found.append(block)
         return found
+
+    def _num_reusable(self, seq: Sequence) -> int:
+        return (seq.num_tokens - 1) // self.block_size
 
     def _hash(self, seq: Sequence, num_blocks: int) -> None:
         """Make `seq.block_hashes` reach over its first `num_blocks` blocks of tokens."""

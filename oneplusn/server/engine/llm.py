@@ -34,6 +34,7 @@ class Limits(TypedDict, total=False):
     token_budget: int
     block_size: int
     max_tasks: int
+    max_adapters: int | None
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -172,9 +173,8 @@ class Engine:
         if taken:
             msg = f"task {taken[0]!r} of {name!r} belongs to {self.tasks[taken[0]]!r} already"
             raise AdapterExists(msg)
-        self.core.load(bundle)
         # Pinned, as nothing here could bring it back when the pool makes room for another.
-        self.core.pool.pin(bundle.digest)
+        self.core.load(bundle, pin=True)
         for task in bundle.tasks:
             self._tasks[task] = (TaskRef(bundle.digest, task), name)
         return bundle.tasks

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 import oneplusn.demo
 from oneplusn.adapters.attach import find_sites
+from oneplusn.adapters.fingerprint import base_fingerprint
 from oneplusn.errors import ConfigError, ModelRefused
 from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.attention import LayerShape
@@ -45,6 +46,7 @@ class LoadedModel:
         sites: Linears that adapters can reach.
         num_bytes: What the weights take.
         probe: How the model passed.
+        fingerprint: Identity of the weights' files; empty for a model that came from none.
     """
 
     model: PreTrainedModel
@@ -57,6 +59,7 @@ class LoadedModel:
     sites: tuple[SiteSpec, ...]
     num_bytes: int
     probe: ProbeReport
+    fingerprint: str = ""
 
 
 def load_model(
@@ -93,15 +96,17 @@ def load_model(
     computed = resolve_dtype(config, dtype)
     check_weights_fit(Path(path), computed, stored=_stored_dtype(config) or computed)
     model = _load_weights(path, revision, config, computed)
-    return prepare_model(model, _tokenizer_folder(path, revision))
+    folder = _tokenizer_folder(path, revision)
+    return prepare_model(model, folder, fingerprint=base_fingerprint(folder))
 
 
-def prepare_model(model: PreTrainedModel, folder: Path) -> LoadedModel:
+def prepare_model(model: PreTrainedModel, folder: Path, *, fingerprint: str = "") -> LoadedModel:
     """Probe a model and pack its linears.
 
     Args:
         model: With its weights, on the CPU.
         folder: Where its tokenizer lies.
+        fingerprint: Identity of the files that it came from.
 
     Raises:
         ModelRefused: It failed its probe, or does not say how long its context is.
@@ -122,6 +127,7 @@ def prepare_model(model: PreTrainedModel, folder: Path) -> LoadedModel:
         sites=sites,
         num_bytes=_num_bytes(model),
         probe=report,
+        fingerprint=fingerprint,
     )
 
 

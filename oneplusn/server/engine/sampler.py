@@ -1,8 +1,8 @@
 """Pick the next token of every row of a step, each under its own parameters.
 
 Order, as in transformers and vLLM: repetition, presence and frequency penalties -> logit bias and
-masked end tokens -> temperature -> top-k -> top-p -> min-p. Each filter renormalises what the one
-before it left. Equal logits are kept or dropped together.
+masked end tokens -> grammar -> temperature -> top-k -> top-p -> min-p. Each filter renormalises
+what the one before it left. Equal logits are kept or dropped together.
 
 A row's token depends on its logits, its parameters, its seed and its position, and on nothing
 else: one number in [0, 1) is hashed from (seed, position) and looked up in the cumulative
@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from oneplusn.server.engine.masks import TokenMasks
 from oneplusn.server.engine.sequence import Sequence
 
 Ids = npt.NDArray[np.int64]
@@ -123,6 +124,7 @@ class Sampler:
         self._eos_ids = tuple(eos_ids)
         self._prompt_tokens: WeakKeyDictionary[Sequence, Ids] = WeakKeyDictionary()
         self._scratch = torch.empty(0)
+        self._masks = TokenMasks()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: list[Sequence]) -> SampledTokens:
@@ -132,7 +134,7 @@ class Sampler:
             logits: Raw logits [M, V] of any float dtype; not modified.
             seqs: The M sequences, before the token is appended.
         """
-        scores = self._adjust(logits, seqs)
+        scores = self._constrain(self._adjust(logits, seqs), logits, seqs)
         rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
         tokens = _argmax(scores) if len(rows) < len(seqs) else [0] * len(seqs)
         if rows:
@@ -158,10 +160,34 @@ class Sampler:
                 edits.add(row, ids, -penalty)
             if sampling.logit_bias:
                 edits.add(row, list(sampling.logit_bias), list(sampling.logit_bias.values()))
-            if len(seq.output) < sampling.min_tokens:
-                eos_ids = () if sampling.ignore_eos else self._eos_ids
-                edits.add(row, [*eos_ids, *sampling.stop_token_ids], -np.inf)
+            if len(seq.output) < sampling.min_tokens and seq.grammar is None:
+                edits.add(row, self._early_ends(seq), -np.inf)
         return edits.apply(logits)
+
+    def _constrain(self, scores: Tensor, logits: Tensor, seqs: list[Sequence]) -> Tensor:
+        """Mask what the grammars of rows forbid. Returns `scores` changed, or a copy of `logits`.
+
+        A grammar that allows nothing but an end is stronger than `min_tokens`.
+        """
+        rows = [row for row, seq in enumerate(seqs) if seq.grammar is not None]
+        if not rows:
+            return scores
+        if scores is logits:
+            scores = logits.to(torch.float32, copy=True)
+        allowed = self._masks.rows(len(rows), logits.shape[1])
+        for bits, row in zip(allowed, rows, strict=True):
+            seq = seqs[row]
+            assert seq.grammar is not None
+            is_early = len(seq.output) < seq.sampling.min_tokens
+            banned = self._early_ends(seq) if is_early else ()
+            seq.grammar.fill(seq.output, bits, banned=banned)
+        self._masks.apply(allowed, scores, rows)
+        return scores
+
+    def _early_ends(self, seq: Sequence) -> list[int]:
+        """List the tokens that a sequence must not end with below `min_tokens`."""
+        eos_ids = () if seq.sampling.ignore_eos else self._eos_ids
+        return [*eos_ids, *seq.sampling.stop_token_ids]
 
     def _weights(self, scores: Tensor, seqs: list[Sequence]) -> Tensor:
         """Compute exp((score - the row's largest) / temperature) in the scratch buffer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from oneplusn.errors import ConfigError, PromptTooLong
@@ -57,6 +57,27 @@ class Schedule:
         return [item.seq for item in self.items if item.samples]
 
 
+@dataclass(slots=True)
+class _Admission:
+    """How far one step has got with admitting sequences.
+
+    Attributes:
+        expected: Hashes of the blocks that running prompts will publish.
+        adapters: Versions that running sequences use.
+        passed: Sequences passed over, for whatever reason.
+        held: Sequences passed over, which are to start on such blocks.
+        held_blocks: Blocks that these will take, at most.
+        is_open: Whether the next sequence may be looked at.
+    """
+
+    expected: set[bytes] = field(default_factory=set)
+    adapters: set[str] = field(default_factory=set)
+    passed: int = 0
+    held: int = 0
+    held_blocks: int = 0
+    is_open: bool = True
+
+
 class Scheduler:
     """Continuous batching, first come first served, under a budget of tokens a step.
 
@@ -66,6 +87,12 @@ class Scheduler:
     again, before all that arrived after them. Their tokens are recomputed, less what the
     prefix cache still has.
 
+    A sequence that could start on a block which a running prompt is about to compute is held back
+    until that block is there: the answers to one prompt share its keys and values. Those behind it
+    may pass, as long as they leave it a place and its blocks; its share of the budget is before
+    theirs all the same. It waits for a running sequence that computes on, or starts itself when
+    that one is gone, so nothing waits for ever.
+
     Owns all sequences that are not finished, and their blocks. Lives on the engine's thread.
 
     Invariants:
@@ -73,6 +100,7 @@ class Scheduler:
           `waiting` and `waiting_adapter`; their status says in which it is.
         * Only running sequences hold blocks. `len(running) <= max_num_seqs <= token_budget`, so
           every sequence that decodes has a row in every step.
+        * Running sequences use `max_adapters` adapters at most, or one of them runs alone.
         * A sequence is shorter than `max_model_len`, which the cache can hold: alone, it fits.
     """
 
@@ -84,6 +112,7 @@ class Scheduler:
         token_budget: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
+        max_adapters: int | None = None,
     ) -> None:
         """Start empty.
 
@@ -94,6 +123,8 @@ class Scheduler:
             max_model_len: Most tokens of a sequence, prompt and output together; lowered to
                 what the cache holds.
             eos_ids: Tokens that end a sequence unless it ignores them.
+            max_adapters: Most distinct adapters that run at once; a sequence that would exceed it
+                waits, and those behind it too. A blend of more runs alone. None = no limit.
 
         Raises:
             ConfigError: The budget has no room for one row of every sequence.
@@ -108,6 +139,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.token_budget = token_budget
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
+        self.max_adapters = max_adapters
         self.eos_ids = frozenset(eos_ids)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -148,15 +180,15 @@ class Scheduler:
         else:
             self.waiting.append(seq)
 
-    def adapter_ready(self, seq_id: str, slot: int, task_key: str) -> None:
+    def adapter_ready(self, seq: Sequence) -> None:
         """Let a sequence in WAITING_ADAPTER compete for blocks, in its old place by arrival."""
-        seq = self.waiting_adapter.pop(seq_id)
-        seq.slot, seq.task_key = slot, task_key
+        assert seq.slot is not None, f"{seq.id} has no slot"
+        del self.waiting_adapter[seq.id]
         seq.move_to(Status.WAITING)
         insort(self.waiting, seq, key=_arrival)
 
     def schedule(self) -> Schedule | None:
-        """Pick the rows of the next step; None when nothing runs or waits.
+        """Pick the rows of the next step; None when nothing runs or is ready to.
 
         Moves sequences between WAITING and RUNNING, takes and gives back blocks. Every schedule
         must be committed before the next one is made.
@@ -165,6 +197,8 @@ class Scheduler:
             return None
         decodes, preempted = self._decode_items()
         chunks, cached = self._prefill_items(self.token_budget - len(decodes))
+        if not decodes and not chunks:
+            return None
         return Schedule(
             items=(*decodes, *chunks),
             num_decodes=len(decodes),
@@ -203,7 +237,7 @@ class Scheduler:
                 finished.append(seq)
         return finished
 
-    def abort(self, seq_id: str) -> Sequence | None:
+    def abort(self, seq_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """End a sequence in whatever state it is, and free what it holds.
 
         Returns:
@@ -211,7 +245,7 @@ class Scheduler:
         """
         seq = self._sequences.get(seq_id)
         if seq is not None:
-            self._finish(seq, "abort")
+            self._finish(seq, reason)
         return seq
 
     def check_integrity(self) -> None:
@@ -226,6 +260,8 @@ class Scheduler:
         assert all(seq.status is Status.WAITING for seq in self.waiting)
         assert all(not seq.block_table for seq in where if seq.status is not Status.RUNNING)
         assert len(self.running) <= self.max_num_seqs
+        adapters = {digest for seq in self.running for digest in seq.adapters}
+        assert self._is_within_cap(adapters) or len(self.running) == 1
         self.blocks.check_integrity()
 
     def _decode_items(self) -> tuple[list[Scheduled], list[Sequence]]:
@@ -246,45 +282,85 @@ class Scheduler:
         return items, preempted
 
     def _prefill_items(self, budget: int) -> tuple[list[Scheduled], int]:
-        """Fill the budget with chunks of running prompts, then of waiting ones.
+        """Fill the budget with chunks of prompts, running and waiting ones in order of arrival.
 
         Returns:
             The chunks, and the tokens that those admitted found in the prefix cache.
         """
         prefilling = [seq for seq in self.running if not seq.is_decoding]
+        admission = self._open_admission(prefilling)
         items: list[Scheduled] = []
         cached = 0
         while budget > 0:
-            if len(items) < len(prefilling):
-                seq = prefilling[len(items)]
-            else:
-                admitted = self._admit()
-                if admitted is None:
-                    break
-                seq = admitted
+            before = prefilling[0].arrival if prefilling else None
+            seq = self._admit(admission, before)
+            if seq is not None:
                 cached += seq.num_computed
+            elif prefilling:
+                seq = prefilling.pop(0)
+            else:
+                break
             count = min(seq.num_pending, budget)
             items.append(Scheduled(seq, seq.num_computed, count, count == seq.num_pending))
             budget -= count
         return items, cached
 
-    def _admit(self) -> Sequence | None:
-        """Move the first waiting sequence to RUNNING, if there are blocks and a place for it.
+    def _open_admission(self, prefilling: Iterable[Sequence]) -> _Admission:
+        """Look at what runs, if anything waits."""
+        admission = _Admission()
+        if self.waiting:
+            for seq in prefilling:
+                admission.expected.update(self.blocks.expected(seq))
+            for seq in self.running:
+                admission.adapters |= seq.adapters
+        return admission
+
+    def _admit(self, admission: _Admission, before: int | None) -> Sequence | None:
+        """Move the next waiting sequence to RUNNING, if it may and can.
 
         A block for each running sequence is left free: without that, the newcomer would be
         preempted as soon as the others go on.
+
+        Args:
+            admission: What this step knows of admitting.
+            before: Only a sequence that arrived before this one.
         """
-        if not self.waiting or len(self.running) == self.max_num_seqs:
-            return None
-        seq = self.waiting[0]
-        if not self.blocks.allocate(seq, spare=len(self.running)):
-            return None
-        del self.waiting[0]
+        while admission.is_open and admission.passed < len(self.waiting):
+            if len(self.running) + admission.held >= self.max_num_seqs:
+                return None
+            seq = self.waiting[admission.passed]
+            if before is not None and seq.arrival > before:
+                return None
+            if not seq.is_ready:
+                admission.passed += 1
+                continue
+            if self.blocks.next_needed(seq) in admission.expected:
+                admission.passed += 1
+                admission.held += 1
+                admission.held_blocks += -(-seq.num_tokens // self.blocks.block_size)
+                continue
+            admission.is_open = self._start(seq, admission)
+            return seq if admission.is_open else None
+        return None
+
+    def _start(self, seq: Sequence, admission: _Admission) -> bool:
+        """Let a waiting sequence run if its adapters are within the cap and it gets blocks."""
+        adapters = admission.adapters | seq.adapters
+        if self.running and not self._is_within_cap(adapters):
+            return False
+        if not self.blocks.allocate(seq, spare=len(self.running) + admission.held_blocks):
+            return False
+        self.waiting.remove(seq)
         if seq.num_preemptions == 0:
             seq.num_cached = seq.num_computed
         seq.move_to(Status.RUNNING)
         insort(self.running, seq, key=_arrival)
-        return seq
+        admission.adapters = adapters
+        admission.expected.update(self.blocks.expected(seq))
+        return True
+
+    def _is_within_cap(self, adapters: set[str]) -> bool:
+        return self.max_adapters is None or len(adapters) <= self.max_adapters
 
     def _preempt_youngest(self) -> Sequence:
         """Take the blocks of the youngest running sequence and let it wait again."""
@@ -298,6 +374,8 @@ class Scheduler:
     def _finish_reason(self, seq: Sequence) -> FinishReason | None:
         """Say whether the token just appended is the last one, and why."""
         sampling, token = seq.sampling, seq.last_token
+        if seq.grammar is not None and token in self.eos_ids:
+            return "length" if seq.grammar.was_cut else "stop"
         if len(seq.output) > sampling.min_tokens and (
             token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos)
         ):

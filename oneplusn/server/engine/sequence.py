@@ -6,8 +6,13 @@ import secrets
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
+from oneplusn.adapters.refs import TaskRef
 from oneplusn.server.messages import FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from oneplusn.server.engine.grammar import Matcher
 
 
 class Status(Enum):
@@ -17,7 +22,7 @@ class Status(Enum):
                │               │            │
                └───────────────┴────────────┴──► FINISHED
 
-    WAITING_ADAPTER: its adapter is not resident; it has no slot yet and holds nothing.
+    WAITING_ADAPTER: its adapter is on its way; it has no slot yet and no blocks.
     WAITING: it has a slot, and waits for KV blocks and a row. A preempted sequence comes back
         here, ahead of all that arrived after it.
     RUNNING: it holds KV blocks and has rows in the steps.
@@ -53,6 +58,12 @@ class Sequence:
         slot: Task slot in the adapter pool (0 = the bare base); None = no adapter acquired yet.
         task_key: Identity of the task's weights, part of the prefix key; set with the slot.
         salt: Tenant's share of the prefix key.
+        refs: The task or blend that serves it; empty = the bare base.
+        adapters: Digests of the versions that it needs.
+        arrived: When it came, by the engine's clock in seconds.
+        deadline: When it ends, finished or not; None = never.
+        started: When a step first had rows of it; None = not yet.
+        grammar: What its output must match; None = anything.
         output: Tokens generated so far; they survive preemption.
         status: Where it is; changed through `move_to` only.
         arrival: Position in the order of arrival, given by the scheduler.
@@ -71,6 +82,12 @@ class Sequence:
     slot: int | None = 0
     task_key: str = "base"
     salt: str = ""
+    refs: tuple[TaskRef, ...] = ()
+    adapters: frozenset[str] = field(init=False)
+    arrived: float = 0.0
+    deadline: float | None = None
+    started: float | None = None
+    grammar: Matcher | None = None
     output: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     arrival: int = 0
@@ -85,6 +102,7 @@ class Sequence:
     def __post_init__(self) -> None:
         given = self.sampling.seed
         self.seed = secrets.randbits(64) if given is None else given
+        self.adapters = frozenset(ref.digest for ref in self.refs)
 
     @property
     def num_prompt(self) -> int:
@@ -95,6 +113,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens of the prompt and of the output together."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can run; not while its grammar is being compiled."""
+        return self.grammar is None or self.grammar.is_ready
 
     @property
     def num_pending(self) -> int:
