@@ -22,11 +22,12 @@ from pathlib import Path
 
 import httpx
 
-from oneplusn.loadtest.client import Ask, LoadFailed, Summary, send_all, summarize
+from oneplusn.loadtest.client import Ask, Summary, send_all, summarize
 from oneplusn.loadtest.fixtures import BASE, MIXED, ONE_LORA, SHAPES, TASKS_PER_CLUSTER, Fixtures
 from oneplusn.loadtest.peers import PEERS
 from oneplusn.loadtest.processes import ChildFailed, named, python, run_json, serving
 from oneplusn.loadtest.report import Case, Report, machine, render
+from oneplusn.loadtest.stream import LoadFailed
 
 BASE_NAME = "base"
 FIRST_WORD = 3
@@ -178,7 +179,7 @@ def _check(found: Summary, options: argparse.Namespace) -> None:
             f"{found.requests} requests of {options.output} tokens got {found.output_tokens} "
             f"with {found.cached_tokens} prompt tokens from the cache; all and none were expected"
         )
-        raise LoadFailed(msg)
+        raise LoadFailed(msg, group="other work")
 
 
 def _steps(address: str) -> tuple[float, float]:

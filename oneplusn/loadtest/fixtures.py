@@ -22,6 +22,7 @@ COMMON_EXPERTS = 4
 EXPERT_RANK = 4
 MAX_POSITIONS = 2048
 COMPLETE = "complete"
+PREFIX = "base_model.model."
 
 # What the cases of all servers and libraries are called, so that they can be compared.
 BASE = "bare base"
@@ -111,16 +112,17 @@ def build(fixtures: Fixtures, shape: Shape) -> None:
     marker = fixtures.folder / COMPLETE
     if marker.exists():
         return
-    _write_base(fixtures.base, shape)
+    write_base(fixtures.base, shape)
     seeds = torch.Generator().manual_seed(1)
     for index, folder in enumerate(fixtures.loras.values()):
-        _write_lora(folder, shape, LORA_RANKS[index % len(LORA_RANKS)], seeds)
+        rank = LORA_RANKS[index % len(LORA_RANKS)]
+        write_lora(folder, shape, rank, lora_tensors(shape, rank, seeds))
     for name, folder in fixtures.clusters.items():
         _write_cluster(folder, shape, tasks_of(name), seeds)
     marker.touch()
 
 
-def _write_base(folder: Path, shape: Shape) -> None:
+def write_base(folder: Path, shape: Shape) -> None:
     """Write a random model with a tokenizer in which every token is a word of its own."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -160,13 +162,18 @@ def _factors(inputs: int, outputs: int, rank: int, generator: Generator) -> tupl
     return a.bfloat16(), b.bfloat16()
 
 
-def _write_lora(folder: Path, shape: Shape, rank: int, generator: Generator) -> None:
-    """Write a LoRA on all linears as PEFT does."""
+def lora_tensors(shape: Shape, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw a LoRA on all linears, under the names that PEFT gives its tensors."""
     tensors = dict[str, "Tensor"]()
     for path, inputs, outputs in shape.modules():
         a, b = _factors(inputs, outputs, rank, generator)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b
+    return tensors
+
+
+def write_lora(folder: Path, shape: Shape, rank: int, tensors: dict[str, Tensor]) -> None:
+    """Write a LoRA on all linears as PEFT does."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

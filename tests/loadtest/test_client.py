@@ -3,18 +3,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 
-from oneplusn.loadtest.client import (
-    Answer,
-    Ask,
-    LoadFailed,
-    percentile,
-    read_answer,
-    send_all,
-    summarize,
-)
+from oneplusn.loadtest.client import Ask, send_all, summarize
+from oneplusn.loadtest.stream import Answer, LoadFailed
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
@@ -35,23 +29,6 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-@pytest.mark.parametrize(
-    ("values", "percent", "expected"),
-    [
-        ([7.0], 50, 7.0),
-        ([7.0], 99, 7.0),
-        ([4.0, 1.0, 3.0, 2.0], 50, 2.0),
-        ([4.0, 1.0, 3.0, 2.0], 75, 3.0),
-        ([4.0, 1.0, 3.0, 2.0], 76, 4.0),
-        ([float(i) for i in range(1, 101)], 99, 99.0),
-        ([float(i) for i in range(1, 101)], 100, 100.0),
-        ([1.0, 2.0], 0, 1.0),
-    ],
-)
-def test_percentile_is_a_value_that_was_measured(values, percent, expected) -> None:
-    assert percentile(values, percent) == expected
-
-
 def test_the_figures_of_two_requests() -> None:
     answers = [
         Answer(sent=10.0, times=(11.0, 11.5, 12.0), tokens=3, cached_tokens=0),
@@ -70,67 +47,6 @@ def test_the_figures_of_two_requests() -> None:
     assert found.gap_p50_ms == 500.0  # of 500, 500, 2000 and 750
     assert found.gap_p99_ms == 2000.0
     assert found.decode_tokens_per_s == 4 / 2.75  # four tokens from 11.25 to 14.0
-
-
-@pytest.mark.parametrize(
-    ("arrivals", "times"),
-    [
-        pytest.param(
-            [
-                (1.0, HEAD),
-                (2.0, chunk(text("a"))),
-                (3.0, chunk(text("b"))),
-                (4.0, chunk(USAGE) + chunk(DONE) + b"0\r\n\r\n"),
-            ],
-            (2.0, 3.0),
-            id="event-per-read",
-        ),
-        pytest.param(
-            [(1.0, HEAD + b"".join(map(chunk, (text("a"), text("b"), USAGE, DONE))))],
-            (1.0, 1.0),
-            id="all-in-one-read",
-        ),
-        pytest.param(
-            [
-                (1.0, HEAD + chunk(text("a") + text("b")[:9])),
-                (2.0, chunk(text("b")[9:-1])),
-                (3.0, chunk(b"\n" + USAGE + DONE)),
-            ],
-            (1.0, 3.0),
-            id="event-over-three-reads",
-        ),
-        pytest.param(
-            [
-                (1.0, HEAD + chunk(b": ping\n\n" + text(""))),
-                (2.0, chunk(text("a").replace(b"\n", b"\r\n"))),
-                (3.0, chunk(USAGE + DONE)),
-            ],
-            (2.0,),
-            id="comment-empty-text-crlf",
-        ),
-    ],
-)
-def test_a_token_is_timed_when_its_event_is_whole(arrivals, times) -> None:
-    answer = read_answer(0.5, arrivals)
-
-    assert answer == Answer(sent=0.5, times=times, tokens=2, cached_tokens=1)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"HTTP/1.1 404 Not Found\r\ncontent-length: 7\r\n\r\nno task", "answered 404: no task"),
-        (HEAD + chunk(text("a")), "before the end of the stream"),
-        (HEAD + chunk(text("a") + DONE), "without usage"),
-        (HEAD + chunk(USAGE + DONE), "without text"),
-        (HEAD + chunk(b'data: {"error": {"code": "stopped"}}\n\n'), "stopped"),
-        (b"SSH-2.0-x\r\n\r\n", "no HTTP response"),
-        (HEAD, "before the end of the stream"),
-    ],
-)
-def test_an_answer_that_is_none_is_refused(data, reason) -> None:
-    with pytest.raises(LoadFailed, match=reason):
-        read_answer(0.0, [(1.0, data)])
 
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -187,8 +103,20 @@ def test_a_server_that_stays_silent_ends_the_load() -> None:
         await reader.read()
         writer.close()
 
-    with pytest.raises(LoadFailed, match="1 requests were not answered within 0"):
+    with pytest.raises(LoadFailed, match=r"no end of the answer within 0\.2 s"):
         asyncio.run(load(stay_silent, [Ask("base", (3,), 2)], limit_s=0.2))
+
+
+@pytest.mark.parametrize("events", [[text("a"), text("b"), DONE], [USAGE, DONE]])
+def test_figures_need_text_and_the_servers_own_count(events: list[bytes]) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            await read_body(reader)
+            writer.write(HEAD + b"".join(map(chunk, events)))
+        writer.close()
+
+    with pytest.raises(LoadFailed, match="without text or without usage"):
+        asyncio.run(load(answer, [Ask("base", (3,), 2)]))
 
 
 def test_a_server_that_is_not_there_is_said_so() -> None:
