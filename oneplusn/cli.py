@@ -1,4 +1,4 @@
-"""The command line: `oneplusn serve | generate | adapters | demo | doctor`.
+"""The command line: `oneplusn serve | generate | adapters | data | loadtest | demo | doctor`.
 
 Mistakes of the caller end in one line on stderr and exit code 2, Ctrl-C in 130; nobody is shown a
 traceback, unless the log level is debug. Every command imports what it needs when it is chosen.
@@ -189,28 +189,39 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _declare_adapters(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="read an adapter without serving it, and describe it")
-    check.add_argument("path", type=Path, help="Folder or archive.")
-    check.add_argument("--name", help="Name it would get; the folder's otherwise.")
+    from oneplusn.server import adapters_cli
+
+    adapters_cli.declare(parser)
 
 
-def _check_adapter(args: argparse.Namespace) -> int:
-    from oneplusn.adapters.files import read_adapter
+def _adapters(args: argparse.Namespace) -> int:
+    from oneplusn.server import adapters_cli
 
-    path: Path = args.path
-    bundle = read_adapter(path, name=args.name or path.resolve().name.partition(".")[0].lower())
-    layout = bundle.runs()
-    print(f"digest   {bundle.digest}")
-    print(f"method   {bundle.method}")
-    print(f"base     {bundle.base or 'not said'}")
-    print(f"tasks    {', '.join(bundle.tasks)}")
-    print(f"modules  {len(bundle.modules)}")
-    print(f"experts  {len(bundle.experts)}, of which {len(layout.common)} serve several tasks")
-    for expert in bundle.experts:
-        whose = f"of {expert.owner}" if expert.owner else "common"
-        print(f"         {expert.name}: rank {expert.rank}, {whose}")
-    return 0
+    return adapters_cli.run(args)
+
+
+def _declare_data(parser: argparse.ArgumentParser) -> None:
+    from oneplusn.server import data
+
+    data.declare(parser)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from oneplusn.server import data
+
+    return data.run(args)
+
+
+def _declare_loadtest(parser: argparse.ArgumentParser) -> None:
+    from oneplusn.loadtest import options
+
+    options.declare(parser)
+
+
+def _loadtest(args: argparse.Namespace) -> int:
+    from oneplusn.loadtest import load
+
+    return load.run(args)
 
 
 def _declare_demo(parser: argparse.ArgumentParser) -> None:
@@ -241,7 +252,9 @@ def _doctor(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command("serve", "serve a model over HTTP", _declare_settings, _serve, SERVE_EXAMPLES),
     Command("generate", "answer prompts without a server", _declare_generate, _generate),
-    Command("adapters", "look at adapter files", _declare_adapters, _check_adapter),
+    Command("adapters", "upload, activate and look at adapters", _declare_adapters, _adapters),
+    Command("data", "check, back up and restore a data folder", _declare_data, _data),
+    Command("loadtest", "load any OpenAI-compatible server", _declare_loadtest, _loadtest),
     Command("demo", "serve the demo model, ask every task at once, show it", _declare_demo, _demo),
     Command("doctor", "say what this machine can serve", _declare_doctor, _doctor),
 )

@@ -40,9 +40,9 @@ RULES = (
         "oneplusn/adapters",
         ADAPTERS,
         ENGINE_LIBRARIES - {"transformers"},
-        except_for=("oneplusn/adapters/registry.py", "oneplusn/adapters/training"),
+        except_for=("oneplusn/adapters/registry*.py", "oneplusn/adapters/training"),
     ),
-    Rule("oneplusn/adapters/registry.py", ADAPTERS, None),
+    Rule("oneplusn/adapters/registry*.py", ADAPTERS, None),
     Rule("oneplusn/adapters/training", ADAPTERS, None),
     Rule("oneplusn/server", (*ADAPTERS, "oneplusn.server", "oneplusn.demo"), None),
     Rule("oneplusn/loadtest", ("oneplusn.loadtest",), None),
@@ -54,9 +54,14 @@ TORCH_FREE = (
     "oneplusn/cli.py",
     "oneplusn/errors.py",
     "oneplusn/adapters/refs.py",
-    "oneplusn/adapters/registry.py",
+    "oneplusn/adapters/blobs.py",
+    "oneplusn/adapters/fingerprint.py",
+    "oneplusn/adapters/image_file.py",
+    "oneplusn/adapters/prepared.py",
+    "oneplusn/adapters/registry*.py",
     "oneplusn/loadtest/**/*.py",
     "oneplusn/server/*.py",
+    "oneplusn/server/jobs/*.py",
     "oneplusn/server/routes/**/*.py",
     "oneplusn/server/engine/batch.py",
     "oneplusn/server/engine/kv_cache.py",
@@ -68,7 +73,7 @@ NOT_TORCH_FREE = ("oneplusn/server/worker.py",)
 
 # What runs on a bare GPU machine; these libraries bring tokenizers and jinja2 along themselves.
 BARE = ("oneplusn/kernels/**/*.py", "oneplusn/adapters/**/*.py", "oneplusn/server/engine/**/*.py")
-NOT_BARE = ("oneplusn/adapters/registry.py", "oneplusn/adapters/training/**/*.py")
+NOT_BARE = ("oneplusn/adapters/registry*.py", "oneplusn/adapters/training/**/*.py")
 BARE_LIBRARIES = ENGINE_LIBRARIES | {"tokenizers", "jinja2"}
 
 

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import FastAPI
 
 from oneplusn import __version__
-from oneplusn.server.bridge import EngineFactory
+from oneplusn.server.auth import Authentication, read_key
 from oneplusn.server.errors import add_error_handlers
+from oneplusn.server.openapi import document
 from oneplusn.server.routes import (
     adapters,
     chat,
+    compat,
     completions,
     generate,
     health,
+    info,
     metrics,
     models,
     tasks,
+    tokenize,
 )
 from oneplusn.server.settings import Settings
 from oneplusn.server.state import Server
+from oneplusn.server.supervisor import Launch
 from oneplusn.server.web import RequestContext
+from oneplusn.server.workers import Workers
 
 ROUTERS = (
     generate.router,
     chat.router,
     completions.router,
     models.router,
+    tokenize.router,
     tasks.router,
     adapters.router,
+    compat.router,
+    info.router,
     health.router,
     metrics.router,
 )
@@ -39,8 +50,9 @@ ROUTERS = (
 
 def create_app(
     settings: Settings,
-    factory: EngineFactory,
+    launch: Launch,
     *,
+    workers: Workers | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """Build the application.
@@ -49,10 +61,15 @@ def create_app(
 
     Args:
         settings: How to run.
-        factory: Loads the model; called on the engine's thread.
+        launch: Starts an engine.
+        workers: Reads adapters; made here if none is given.
         on_failure: Told why the server cannot start.
+
+    Raises:
+        ConfigError: There is no key, and the server would be reachable from elsewhere.
     """
-    server = Server(settings, factory)
+    key = read_key(settings, os.environ)
+    server = Server(settings, launch, workers)
 
     async def start() -> None:
         try:
@@ -82,6 +99,8 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server = server
+    app.openapi = partial(document, app, has_key=key is not None)  # type: ignore[method-assign]  # the documented way
+    app.add_middleware(Authentication, key=key)
     app.add_middleware(RequestContext, metrics=server.metrics)
     add_error_handlers(app)
     for router in ROUTERS:

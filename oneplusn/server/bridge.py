@@ -1,251 +1,292 @@
-"""Join the event loop and the engine: the only place where asyncio meets the step loop.
+"""The engine as asyncio code sees it: streams of tokens, adapters that come and go.
 
-One thread owns the engine core. Commands go in through a queue, on which the thread sleeps while
-it has nothing to compute; what a step yields comes out in one call to the loop, however many
-tokens it holds. The engine never waits for a client: a stream whose reader falls too far behind is
-cancelled. When the engine dies, everything in flight fails at once and nothing more is accepted.
+The engine runs in a process of its own (`supervisor.py` keeps it running) and never waits for a
+client: what a step yields is handed out here, and a stream whose reader falls too far behind is
+cancelled. When the engine is lost, everything in flight fails at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import queue
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVarTuple
+from collections.abc import Awaitable, Callable, Coroutine, Set
+from contextlib import suppress
+from typing import Any
 
-from oneplusn.errors import EngineStopped, OneplusnError, QueueFull, RequestCancelled, ServingError
-from oneplusn.server.messages import Cancel, StepOutputs, StepStats, Submit, TokenOutput
+from oneplusn.errors import (
+    AdapterNotFound,
+    EngineStopped,
+    OneplusnError,
+    QueueFull,
+    ServingError,
+    rebuild,
+)
+from oneplusn.server.adapter_memory import AdapterMemory
+from oneplusn.server.messages import (
+    Cancel,
+    Freed,
+    FromEngine,
+    Loaded,
+    Ready,
+    Refusal,
+    Stats,
+    StepOutputs,
+    StepStats,
+    Submit,
+)
 from oneplusn.server.metrics import Metrics
+from oneplusn.server.metrics_compat import TasksInFlight
+from oneplusn.server.streams import TokenStream
+from oneplusn.server.supervisor import EngineProcess, Launch, Supervisor
 
-if TYPE_CHECKING:
-    from oneplusn.adapters.bundle import Bundle
-
-MAX_BUFFERED = 1024
-Ts = TypeVarTuple("Ts")
-_log = logging.getLogger("oneplusn.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the API needs to know of the base model.
-
-    Attributes:
-        folder: Where the tokenizer lies.
-        max_model_len: Longest prompt plus completion, in tokens.
-    """
-
-    folder: Path
-    max_model_len: int
-
-
-class EngineCore(Protocol):
-    """The engine as its thread drives it; `Engine` of `engine/engine.py`, or a test's script."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` has something to compute."""
-
-    def submit(self, message: Submit) -> None:
-        """Queue a request, or raise why it cannot be served."""
-
-    def cancel(self, request_id: str) -> None:
-        """End a request; unknown ids are ignored."""
-
-    def load(self, bundle: Bundle) -> int:
-        """Make an adapter version resident; return its bytes."""
-
-    def unload(self, digest: str) -> int:
-        """Drop a version that no request refers to; return the bytes freed."""
-
-    def step(self) -> StepOutputs:
-        """Compute one batch."""
-
-
-EngineFactory = Callable[[], tuple[EngineCore, ModelInfo]]
-
-
-class TokenStream:
-    """The tokens of one request, as an async iterator. Lives on the event loop.
-
-    Attributes:
-        submitted: When the request went to the engine, by `time.perf_counter`.
-        first: When its first token came, if one has.
-        last: When its latest token came.
-    """
-
-    def __init__(self, request_id: str, release: Callable[[str], None]) -> None:
-        self.request_id = request_id
-        self.submitted = time.perf_counter()
-        self.first: float | None = None
-        self.last = self.submitted
-        self._release = release
-        self._buffer: deque[TokenOutput] = deque()
-        self._wake = asyncio.Event()
-        self._error: OneplusnError | None = None
-        self._ended = False
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        while not self._buffer:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
-        return self._buffer.popleft()
-
-    def push(self, output: TokenOutput) -> None:
-        """Hand over what the engine made; the reader sees an end without a token as an error."""
-        if output.finish == "error":
-            self.fail(ServingError(output.error or "the engine could not go on with this request"))
-        elif output.finish == "abort":
-            self.fail(RequestCancelled("the request was cancelled"))
-        elif len(self._buffer) >= MAX_BUFFERED:
-            self._release(self.request_id)
-            self._buffer.clear()
-            msg = f"{MAX_BUFFERED} tokens wait to be read; read the stream faster"
-            self.fail(RequestCancelled(msg))
-        else:
-            self._buffer.append(output)
-            self._ended = output.finish is not None
-            self._wake.set()
-
-    def fail(self, error: OneplusnError) -> None:
-        """End the stream with an error, after what it still holds."""
-        self._error = error
-        self._wake.set()
-
-    def close(self) -> None:
-        """Stop reading; a request that has not ended is cancelled."""
-        self._release(self.request_id)
-
-
-@dataclass(slots=True)
-class _Load:
-    bundle: Bundle
-    done: Future[int] = field(default_factory=Future)
-
-
-@dataclass(slots=True)
-class _Unload:
-    digest: str
-    done: Future[int] = field(default_factory=Future)
-
-
-class _Stop:
-    pass
-
-
-_Command = Submit | Cancel | _Load | _Unload | _Stop
+_log = logging.getLogger("oneplusn.server")
 
 
 class AsyncEngine:
     """The engine, for asyncio code. Every method is called on the event loop.
 
     Attributes:
-        model: What was loaded; None until the engine is ready.
-        failure: Why the engine is not there any more; None while it is.
+        info: What the engine says of its model; None until it is loaded for the first time.
+        failure: Why requests are not accepted; None while they are, and before the start.
+        stats: Occupancy, as last told.
+        on_ready: Brings the adapters back after a restart; requests are accepted when it is done.
+        locate: Finds the page image of a version that a request needs and that was evicted.
     """
 
-    def __init__(self, factory: EngineFactory, metrics: Metrics, *, max_queue: int) -> None:
-        self.model: ModelInfo | None = None
+    def __init__(
+        self, launch: Launch, metrics: Metrics, *, max_queue: int, step_timeout: float = 30.0
+    ) -> None:
+        self.info: Ready | None = None
         self.failure: OneplusnError | None = None
-        self._factory = factory
+        self.stats: Stats | None = None
+        self.on_ready: Callable[[], Awaitable[None]] | None = None
+        self.locate: Callable[[str], Awaitable[str]] | None = None
         self._metrics = metrics
         self._max_queue = max_queue
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._supervisor = Supervisor(launch, self, step_timeout=step_timeout)
+        self._is_up = False
         self._streams: dict[str, TokenStream] = {}
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._started: Future[ModelInfo] = Future()
-        self._loop: asyncio.AbstractEventLoop
+        self._adapters = AdapterMemory(self._supervisor.send, metrics)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[Ready] | None = None
 
     @property
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        return self.model is not None and self.failure is None
+        return self._is_up and self.failure is None
 
-    async def start(self) -> ModelInfo:
-        """Load the model on the engine's thread.
+    @property
+    def alive(self) -> bool:
+        """Whether there is an engine, or will be."""
+        return self._supervisor.alive
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine was started again."""
+        return self._supervisor.restarts
+
+    @property
+    def process(self) -> EngineProcess | None:
+        """The engine that runs, if one does."""
+        return self._supervisor.process
+
+    @property
+    def resident(self) -> Set[str]:
+        """Digests of the versions that are in the engine's memory."""
+        return self._adapters.resident
+
+    @property
+    def unfinished(self) -> int:
+        """Requests in flight."""
+        return len(self._streams)
+
+    @property
+    def tasks_in_flight(self) -> TasksInFlight:
+        """Tasks with a sequence that has got its first token, and with one that waits for it."""
+        tasks = TasksInFlight(set(), set())
+        for stream in self._streams.values():
+            names = tasks.waiting if stream.first is None else tasks.running
+            names.update(ref.task for ref in stream.submit.refs)
+        return tasks
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the engine owes an answer."""
+        return bool(self._streams or self._adapters.loading)
+
+    async def start(self) -> Ready:
+        """Start the engine; return what it says once the model is loaded.
 
         Raises:
-            OneplusnError: The factory raised it: the model is refused, or does not fit.
+            OneplusnError: The model is refused, or does not fit.
         """
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-        self.model = await asyncio.wrap_future(self._started)
-        return self.model
+        self._started = asyncio.get_running_loop().create_future()
+        self._running = asyncio.create_task(self._supervisor.run())
+        return await self._started
 
     def stream(self, submit: Submit) -> TokenStream:
-        """Send a request to the engine, before this returns, and hand out its tokens.
+        """Send a request to the engine, and hand out its tokens.
+
+        It is sent before this returns, unless a version that it names has to be loaded first.
 
         Raises:
             EngineStopped: The engine is not ready.
             QueueFull: Too many requests are unfinished.
         """
-        self._check()
+        self._check(self.ready)
         if len(self._streams) >= self._max_queue:
             msg = f"{self._max_queue} sequences are unfinished; wait, or raise --max-queue"
             raise QueueFull(msg)
-        stream = TokenStream(submit.id, self._release)
-        self._streams[submit.id] = stream
-        self._commands.put(submit)
+        stream = self._streams[submit.id] = TokenStream(submit, self._release)
+        if submit.refs:
+            found = {ref.digest for ref in submit.refs} <= self.resident
+            self._metrics.count("adapter_cache_hits" if found else "adapter_cache_misses")
+        self._send(submit)
         return stream
 
-    async def load(self, bundle: Bundle) -> int:
+    async def load(self, digest: str, path: str, *, pin: bool = False) -> int:
         """Make an adapter version resident; return its bytes.
 
-        Raises:
-            OneplusnError: It does not fit the model or the memory.
-        """
-        self._check()
-        command = _Load(bundle)
-        self._commands.put(command)
-        return await asyncio.wrap_future(command.done)
-
-    async def unload(self, digest: str) -> int:
-        """Drop an adapter version; return the bytes freed.
+        Args:
+            digest: The version.
+            path: Its page image.
+            pin: Keep it until it is unloaded, whoever needs room.
 
         Raises:
-            AdapterError: It is in use or not resident.
+            AdapterError: It does not fit the model or the memory.
+            EngineStopped: The engine is not there, or was lost meanwhile.
         """
-        self._check()
-        command = _Unload(digest)
-        self._commands.put(command)
-        return await asyncio.wrap_future(command.done)
+        self._check(self._is_up)
+        return await asyncio.shield(self._adapters.load(digest, path, pin=pin))
+
+    async def unload(self, digest: str, *, force: bool = False) -> int:
+        """Drop an adapter version once no request uses it; return the bytes freed.
+
+        They are 0 if it was asked for again meanwhile, and stays.
+
+        Args:
+            digest: The version.
+            force: End the requests that use it.
+
+        Raises:
+            AdapterNotFound: It is not resident.
+            EngineStopped: The engine is not there, or was lost meanwhile.
+        """
+        self._check(self._is_up)
+        return await asyncio.shield(self._adapters.unload(digest, force=force))
+
+    def end(self, error: OneplusnError) -> None:
+        """End everything in flight."""
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            self._supervisor.send(Cancel(request_id))
+            stream.fail(error)
 
     async def close(self) -> None:
-        """End what is in flight and stop the thread, unless it is still loading the model."""
-        if self.ready:
-            self._end(EngineStopped("the server is shutting down"))
-            self._commands.put(_Stop())
-            await asyncio.to_thread(self._thread.join)
+        """End what is in flight, and the engine."""
+        self._stop(EngineStopped("the server is shutting down"))
+        if self._started is not None:
+            self._started.cancel()
+        if self._running is not None:
+            self._running.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._running
 
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-        if self.model is None:
-            raise EngineStopped("the model is loading; try again in a few seconds")
+    # What follows is for the supervisor.
+
+    def receive(self, message: FromEngine) -> None:
+        """Take what the engine said."""
+        match message:
+            case StepOutputs():
+                self._deliver(message)
+            case Loaded() | Freed():
+                self._adapters.receive(message)
+            case Stats():
+                self.stats = message
+                self._metrics.observe_occupancy(message)
+            case Ready():
+                self._begin(message)
+
+    def lost(self, error: OneplusnError) -> None:
+        """Fail everything in flight, and everything that is asked until there is an engine."""
+        self._stop(error)
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+
+    def _stop(self, error: OneplusnError) -> None:
+        self._is_up = False
+        self.failure = error
+        for task in self._tasks:
+            task.cancel()
+        self.end(error)
+        self._adapters.lost(error)
+        self._metrics.observe_step(StepStats())
+
+    def _begin(self, ready: Ready) -> None:
+        """Accept requests, at once or when the adapters are back."""
+        self._is_up = True
+        self.info = ready
+        assert self._started is not None
+        if self._started.done():
+            self._spawn(self._restore())
+        else:
+            self._started.set_result(ready)
+
+    async def _restore(self) -> None:
+        try:
+            if self.on_ready is not None:
+                await self.on_ready()
+        except Exception:
+            # Whatever it was, the base and the other adapters can be served.
+            _log.exception("not every adapter is back")
+        self.failure = None
+
+    def _check(self, holds: bool) -> None:
+        """Refuse what needs an engine while there is none.
+
+        Raises:
+            EngineStopped: It is starting, or was lost.
+        """
+        if not holds:
+            raise self.failure or EngineStopped("the model is loading; try again in a few seconds")
+
+    def _send(self, submit: Submit) -> None:
+        """Send a request, behind the loads of the versions that it needs."""
+        missing = self._adapters.missing(submit.refs)
+        if missing and self.locate is not None:
+            self._spawn(self._bring(submit, missing))
+        else:
+            self._supervisor.send(submit)
+
+    async def _bring(self, submit: Submit, digests: Set[str]) -> None:
+        """Load versions and send a request behind them; it waits for them in the engine."""
+        assert self.locate is not None
+        try:
+            for digest in sorted(digests):
+                path = await self.locate(digest)
+                self._adapters.load(digest, path, pin=None)
+        except OneplusnError as error:
+            self._reject(submit.id, error)
+        except Exception:
+            # Whatever it was, nobody may wait for this request any more.
+            _log.exception("an adapter that a request needs could not be found")
+            self._reject(submit.id, ServingError("its adapter could not be brought into memory"))
+        if submit.id in self._streams:
+            self._supervisor.send(submit)
 
     def _release(self, request_id: str) -> None:
         """Forget a stream, and cancel its request if it has not ended."""
         if self._streams.pop(request_id, None) is not None:
-            self._commands.put(Cancel(request_id))
+            self._supervisor.send(Cancel(request_id))
 
     def _deliver(self, step: StepOutputs) -> None:
         """Hand out the tokens of one step."""
         now = time.perf_counter()
         self._metrics.observe_step(step.stats)
+        for refusal in step.refused:
+            self._refuse(refusal)
         for output in step.outputs:
             stream = self._streams.get(output.id)
             if stream is None:
@@ -254,7 +295,8 @@ class AsyncEngine:
                 self._observe(stream, now)
             if output.finish is not None:
                 del self._streams[output.id]
-            stream.push(output)
+            if not stream.push(output):
+                self._metrics.count("stream_backpressure_aborts")
 
     def _observe(self, stream: TokenStream, now: float) -> None:
         if stream.first is None:
@@ -264,89 +306,25 @@ class AsyncEngine:
             self._metrics.observe("inter_token_latency_seconds", now - stream.last)
         stream.last = now
 
+    def _refuse(self, refusal: Refusal) -> None:
+        """Fail a request that the engine did not take, unless a version was just leaving."""
+        stream = self._streams.get(refusal.id)
+        if stream is None:
+            return
+        is_gone = refusal.kind == AdapterNotFound.__name__ and self.locate is not None
+        if is_gone and not stream.sent_again:
+            stream.sent_again = True
+            self._spawn(self._bring(stream.submit, {ref.digest for ref in stream.submit.refs}))
+            return
+        error = rebuild(refusal.kind, refusal.message, code=refusal.code, param=refusal.param)
+        self._reject(refusal.id, error)
+
     def _reject(self, request_id: str, error: OneplusnError) -> None:
-        """Fail a request that the engine did not take."""
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream.fail(error)
 
-    def _end(self, error: OneplusnError) -> None:
-        """Fail everything in flight, and everything that is asked from now on."""
-        self.failure = error
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(error)
-        for command in self._drain():
-            if isinstance(command, _Load | _Unload) and command.done.set_running_or_notify_cancel():
-                command.done.set_exception(error)
-
-    def _drain(self) -> list[_Command]:
-        """Take the commands that wait, without waiting for more."""
-        commands: list[_Command] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                commands.append(self._commands.get_nowait())
-        return commands
-
-    # What follows runs on the engine's thread.
-
-    def _run(self) -> None:
-        self._started.set_running_or_notify_cancel()
-        try:
-            core, model = self._factory()
-        except BaseException as error:
-            # Whoever awaits `start` gets it, whatever it is.
-            self._started.set_exception(error)
-            return
-        self._started.set_result(model)
-        try:
-            self._serve(core)
-        except Exception:
-            # Nothing can be said about the state of the core after a fault of ours.
-            _log.exception("the engine stopped")
-            self._post(self._end, EngineStopped("the engine failed; the server must be restarted"))
-
-    def _serve(self, core: EngineCore) -> None:
-        """Step while there is work; take commands between steps, and sleep on them otherwise."""
-        busy = False
-        while True:
-            waited = [] if core.has_work else [self._commands.get()]
-            for command in (*waited, *self._drain()):
-                if isinstance(command, _Stop):
-                    return
-                self._handle(core, command)
-            if core.has_work:
-                self._post(self._deliver, core.step())
-            elif busy:
-                # No step follows that could say so when the last requests were cancelled.
-                self._post(self._deliver, StepOutputs([], StepStats()))
-            busy = core.has_work
-
-    def _handle(self, core: EngineCore, command: Submit | Cancel | _Load | _Unload) -> None:
-        match command:
-            case Submit():
-                try:
-                    core.submit(command)
-                except OneplusnError as error:
-                    self._post(self._reject, command.id, error)
-            case Cancel():
-                core.cancel(command.id)
-            case _Load():
-                _settle(command.done, lambda: core.load(command.bundle))
-            case _Unload():
-                _settle(command.done, lambda: core.unload(command.digest))
-
-    def _post(self, callback: Callable[[*Ts], None], *args: *Ts) -> None:
-        """Run `callback` on the loop; a loop that has closed needs nothing any more."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback, *args)
-
-
-def _settle(done: Future[int], work: Callable[[], int]) -> None:
-    """Do the work and pass on its result or the caller's mistake."""
-    if not done.set_running_or_notify_cancel():
-        return
-    try:
-        done.set_result(work())
-    except OneplusnError as error:
-        done.set_exception(error)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from reprlib import Repr
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from oneplusn.errors import OneplusnError
 
@@ -24,8 +26,14 @@ _BY_STATUS = {
     405: ("invalid_request_error", "method_not_allowed"),
     413: ("invalid_request_error", "payload_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
+    431: ("invalid_request_error", "headers_too_large"),
 }
+# After these, what the client still sends of the request is not worth reading.
+_CLOSING = frozenset({413, 431})
 _NAME_OR_INDEX = re.compile(r"\w+\Z", re.ASCII)
+# Writes values out, of large ones the beginning.
+_shown = Repr()
+_shown.maxstring = _shown.maxother = 60
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "dict", "list", "none", "nullable"})
 
 
@@ -41,14 +49,36 @@ def body_of(error: OneplusnError) -> dict[str, dict[str, str | None]]:
     return error_body(error.message, kind=error.type, code=error.code, param=error.param)
 
 
-def internal_error() -> JSONResponse:
-    """Answer for a fault of ours. Says nothing about it: the log does, under the request id."""
-    body = error_body(
-        "The server failed to answer; its log has the reason under this request id.",
-        kind="server_error",
-        code="internal_error",
+def error_response(scope: Scope, error: OneplusnError) -> JSONResponse:
+    """Answer with one of our own exceptions, and note it for the log."""
+    scope["state"]["record"].code = error.code
+    return JSONResponse(body_of(error), error.status_code, headers=_headers(error))
+
+
+def http_error_response(scope: Scope, error: HTTPException) -> JSONResponse:
+    """Answer with an exception of the framework, or one raised in its name."""
+    kind, code = _BY_STATUS.get(error.status_code, ("invalid_request_error", "http_error"))
+    scope["state"]["record"].code = code
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"{scope['method']} {scope['path'][:100]}: {message}; see /docs for the routes"
+    headers = dict(error.headers or {})
+    if error.status_code in _CLOSING:
+        headers["connection"] = "close"
+    return JSONResponse(
+        error_body(message, kind=kind, code=code), error.status_code, headers=headers
     )
-    return JSONResponse(body, 500, headers={"x-should-retry": "false"})
+
+
+def internal_error_body() -> dict[str, dict[str, str | None]]:
+    """Build the error object for a fault of ours. It says nothing: the log does."""
+    message = "The server failed to answer; its log has the reason under this request id."
+    return error_body(message, kind="server_error", code="internal_error")
+
+
+def internal_error() -> JSONResponse:
+    """Answer for a fault of ours."""
+    return JSONResponse(internal_error_body(), 500, headers={"x-should-retry": "false"})
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -60,8 +90,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _on_oneplusn_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OneplusnError)
-    request.scope["state"]["record"].code = error.code
-    return JSONResponse(body_of(error), error.status_code, headers=_retry_headers(error))
+    return error_response(request.scope, error)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -79,24 +108,17 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    kind, code = _BY_STATUS.get(error.status_code, ("invalid_request_error", "http_error"))
-    request.scope["state"]["record"].code = code
-    message = str(error.detail)
-    if error.status_code in (404, 405):
-        path = request.url.path[:100]
-        message = f"{request.method} {path}: {message}; see /docs for the routes"
-    headers = dict(error.headers or {})
-    if error.status_code == 413:
-        headers["connection"] = "close"
-    return JSONResponse(
-        error_body(message, kind=kind, code=code), error.status_code, headers=headers
-    )
+    return http_error_response(request.scope, error)
 
 
-def _retry_headers(error: OneplusnError) -> dict[str, str]:
+def _headers(error: OneplusnError) -> dict[str, str]:
     """Tell clients whether to try again; theirs retry 409 and every 5xx unless told not to."""
+    if error.code == "draining":  # the next request had better reach another server
+        return {"retry-after": RETRY_AFTER_SECONDS, "connection": "close"}
     if error.retryable:
         return {"retry-after": RETRY_AFTER_SECONDS}
+    if error.status_code == 401:
+        return {"www-authenticate": "Bearer"}
     if error.status_code == 409 or error.status_code >= 500:
         return {"x-should-retry": "false"}
     return {}
@@ -116,11 +138,12 @@ def _param(location: Sequence[Any]) -> str:
 def _most_specific(problems: Sequence[Any]) -> Any:  # noqa: ANN401  (pydantic's own)
     """Pick the problem to tell of: the deepest one of the first field that is wrong.
 
-    A union reports every branch that did not fit; the one that fits best is wrong deepest inside.
+    A union reports every branch that did not fit; the one that fits best is wrong deepest inside,
+    or has the right type.
     """
     field = problems[0]["loc"][:2]
     of_field = [problem for problem in problems if problem["loc"][:2] == field]
-    return max(of_field, key=lambda problem: len(problem["loc"]))
+    return max(of_field, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type")))
 
 
 def _describe(problem: Any, problems: Sequence[Any]) -> str:  # noqa: ANN401  (pydantic's own)
@@ -129,7 +152,7 @@ def _describe(problem: Any, problems: Sequence[Any]) -> str:  # noqa: ANN401  (p
     reason = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{param} is missing"
-    given = repr(problem["input"])
+    given = _shown.repr(problem["input"])
     given = given if len(given) <= 60 else f"{given[:57]}..."
     field = problem["loc"][:2]
     more = {_param(other["loc"]) for other in problems if other["loc"][:2] != field}

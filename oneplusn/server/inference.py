@@ -5,50 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Coroutine,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oneplusn.adapters.refs import TaskRef
 from oneplusn.adapters.registry import Registry
-from oneplusn.errors import InvalidRequest, OneplusnError, PromptTooLong, ServingError
-from oneplusn.server.bridge import AsyncEngine, ModelInfo, TokenStream
-from oneplusn.server.messages import Sampling, Submit, TokenOutput
-from oneplusn.server.metrics import Metrics
-from oneplusn.server.schemas import MAX_DEFAULT_TOKENS
+from oneplusn.errors import InvalidRequest, PromptTooLong, UnknownTask
+from oneplusn.server.bridge import AsyncEngine
+from oneplusn.server.in_flight import InFlight
+from oneplusn.server.messages import Ready, Sampling, Submit, TokenOutput
+from oneplusn.server.metrics import EndedSequence, Metrics
+from oneplusn.server.schemas import MAX_DEFAULT_TOKENS, SamplingFields
+from oneplusn.server.streams import TokenStream
+from oneplusn.server.targets import Asked, Target, Targets
 from oneplusn.server.text import TextStream, Tokenizer
 
 # Longer texts are encoded on a thread, so that other streams do not stall meanwhile.
 _INLINE_CHARS = 16_384
-_BLEND = "blend"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a request asked for, resolved to content when it arrived.
-
-    Attributes:
-        asked: The task, the blend, or None for the base, as the answer repeats it.
-        label: Value of the metrics' task label.
-        refs: What the engine serves it with.
-        versions: `name@version` of every adapter in it, each once; none for the base.
-    """
-
-    asked: str | dict[str, float] | None
-    label: str
-    refs: tuple[TaskRef, ...] = ()
-    versions: tuple[str, ...] = ()
-
-    @property
-    def adapter(self) -> str | None:
-        """The versions as answers show them: joined by commas, None for the base."""
-        return ",".join(self.versions) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +30,27 @@ class Job:
 
     Attributes:
         task: A task, the weights of a blend, or None or the base's name for the base.
-        param: Field of the request that named it.
+        tokens: The prompt.
+        wanted: What the request says about sampling and stopping.
+        limit: Most tokens to generate, if the request says.
+        seed: Of its random numbers.
+        logprobs: Likeliest tokens to list for each token; None = no log-probabilities at all.
+        grammar: What the answer must match, as the engine takes it; None = anything.
+        alias: Whether the task may be named in another server's way.
+        task_param: Field of the request that named the task.
+        prompt_param: Field of the request that holds the prompt.
     """
 
-    task: str | Mapping[str, float] | None
+    task: Asked
     tokens: list[int]
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    param: str = "model"
+    wanted: SamplingFields
+    limit: int | None
+    seed: int
+    logprobs: int | None = None
+    grammar: str | None = None
+    alias: bool = False
+    task_param: str = "model"
+    prompt_param: str = "prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +68,55 @@ class Delta:
     finish_reason: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job that has been checked against what it asks for, ready to be submitted.
+
+    Attributes:
+        target: What its task stood for when the request arrived.
+        wanted: The request's sampling fields, with the task's defaults filled in.
+    """
+
+    job: Job
+    target: Target
+    wanted: SamplingFields
+    sampling: Sampling
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """A sequence on its way, and what it has become once it has ended.
 
     Attributes:
-        target: What its task stood for when it was submitted.
         outputs: The tokens so far.
         text: The text so far.
         finish_reason: Why it ended, once it has.
+        stop_reason: The stop string or stop token that ended it, if one of the request's did.
         cached_tokens: Prompt tokens that the prefix cache held.
     """
 
-    job: Job
-    target: Target
+    plan: Plan
     stream: TokenStream
     outputs: list[TokenOutput] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
     cached_tokens: int = 0
+
+    @property
+    def job(self) -> Job:
+        """What was asked for."""
+        return self.plan.job
+
+    @property
+    def target(self) -> Target:
+        """What its task stood for when the request arrived."""
+        return self.plan.target
+
+    @property
+    def queued_seconds(self) -> float | None:
+        """Seconds that it waited for its first step; known with its first token."""
+        return self.outputs[0].queued_s if self.outputs else None
 
     @property
     def ttft_seconds(self) -> float | None:
@@ -110,7 +126,14 @@ class Generation:
 
 
 class Inference:
-    """Turns jobs into text. One per server, on the event loop, once the model is loaded."""
+    """Turns jobs into text. One per server, on the event loop, once the model is loaded.
+
+    Attributes:
+        model: What the engine said of the base model.
+        tokenizer: The model's.
+        targets: Resolves the names in requests.
+        in_flight: The requests that have not ended.
+    """
 
     def __init__(
         self,
@@ -118,218 +141,181 @@ class Inference:
         registry: Registry,
         metrics: Metrics,
         *,
-        model: ModelInfo,
+        model: Ready,
         base_name: str,
     ) -> None:
         self.model = model
         self.tokenizer = Tokenizer(model.folder)
-        self._base_name = base_name
+        self.targets = Targets(registry, base_name, metrics.task_label)
         self._engine = engine
-        self._registry = registry
         self._metrics = metrics
+        self.in_flight = InFlight()
 
-    def resolve(self, task: str | Mapping[str, float] | None) -> Target:
-        """Find what a task, a blend or the base's name stands for at this moment.
+    async def encode(self, text: str, *, param: str, add_special: bool = True) -> list[int]:
+        """Turn a prompt into tokens.
 
         Raises:
-            UnknownTask: No active adapter has the task.
-            InvalidRequest: A blend names the base.
+            PromptTooLong: It cannot fit, whatever its tokens are.
         """
-        if task is None or task == self._base_name:
-            return Target(None, self._metrics.task_label(self._base_name))
-        if isinstance(task, str):
-            version = self._registry.resolve(task)
-            label = self._metrics.task_label(task)
-            return Target(task, label, (version.ref(task),), (version.label,))
-        if self._base_name in task:
-            msg = f"a blend adds to the base {self._base_name!r} anyway; leave it out"
-            raise InvalidRequest(msg)
-        versions = {name: self._registry.resolve(name) for name in task}
-        refs = tuple(versions[name].ref(name, weight) for name, weight in task.items())
-        labels = dict.fromkeys(version.label for version in versions.values())
-        return Target(dict(task), self._metrics.task_label(_BLEND), refs, tuple(labels))
-
-    async def encode(self, text: str) -> list[int]:
-        """Turn a prompt into tokens."""
+        self._check_length(text, param)
         if len(text) <= _INLINE_CHARS:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+            return self.tokenizer.encode(text, add_special=add_special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special=add_special)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Turn tokens into text, special ones included."""
+        if len(tokens) <= _INLINE_CHARS:
+            return self.tokenizer.decode(tokens, skip_special=False)
+        return await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special=False)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        switches: Mapping[str, bool] | None = None,
+    ) -> list[int]:
         """Turn a conversation into tokens.
 
         Raises:
             InvalidRequest: The model's chat template cannot take it.
+            PromptTooLong: It cannot fit, whatever its tokens are.
         """
-        if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
-            return self.tokenizer.encode_chat(messages)
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        texts = [message["content"] or "" for message in messages]
+        self._check_length("".join(texts), "messages")
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            return self.tokenizer.encode_chat(messages, tools=tools, switches=switches)
+        return await asyncio.to_thread(
+            self.tokenizer.encode_chat, messages, tools=tools, switches=switches
+        )
 
-    def room(self, tokens: Sequence[int], asked: int | None, *, param: str) -> int:
-        """Return how many tokens may be generated after a prompt.
-
-        Args:
-            tokens: The prompt.
-            asked: What the request limits it to; else all that the context leaves, up to
-                `MAX_DEFAULT_TOKENS`.
-            param: Field of the request that holds the prompt.
-
-        Raises:
-            PromptTooLong: The prompt, or it and the answer, exceed the context.
-            InvalidRequest: The prompt is empty.
-        """
-        limit = self.model.max_model_len
-        if not tokens:
-            raise InvalidRequest("the prompt has no tokens; send at least one", param=param)
-        if len(tokens) + (asked or 1) > limit:
-            wanted = f" and {asked} to generate" if asked else ""
-            msg = f"{len(tokens)} prompt tokens{wanted} exceed the context of {limit} tokens"
-            raise PromptTooLong(f"{msg}; shorten one of them", param=param)
-        return asked or min(limit - len(tokens), MAX_DEFAULT_TOKENS)
-
-    def submit(self, job: Job) -> Generation:
-        """Resolve a job's task and hand the job to the engine.
-
-        Nothing is awaited in between, so no swap of the adapter can come between either: the
-        engine sees the request before it sees the old version leave.
+    def plan(self, job: Job) -> Plan:
+        """Check a job against what its task stands for now.
 
         Raises:
             UnknownTask: No active adapter has the task.
-            InvalidRequest: A blend names the base.
+            AdapterCorrupt: The adapter's files are damaged.
+            PromptTooLong: The prompt, or it and the answer, exceed the context.
+            InvalidRequest: A field of it cannot be served.
+        """
+        try:
+            if job.alias and isinstance(job.task, str):
+                target = self.targets.resolve_alias(job.task)
+            else:
+                target = self.targets.resolve(job.task)
+        except (UnknownTask, InvalidRequest) as error:
+            error.param = job.task_param
+            raise
+        wanted = job.wanted.with_defaults(target.defaults)
+        room = self._room(job, target.defaults.get("max_tokens"))
+        sampling = wanted.sampling(max_tokens=room, seed=job.seed, logprobs=job.logprobs)
+        self.check_tokens(job.tokens, job.prompt_param)
+        self.check_tokens(sampling.logit_bias, "logit_bias")
+        self.check_tokens(sampling.stop_token_ids, "stop_token_ids")
+        return Plan(job, target, wanted, sampling)
+
+    def submit(self, plan: Plan, *, salt: str) -> Generation:
+        """Hand a sequence to the engine.
+
+        Nothing is awaited between its plan and this, so no swap of the adapter can come between
+        either: the engine sees the request before it sees the old version leave.
+
+        Raises:
             QueueFull: Too many sequences are unfinished.
             EngineStopped: The engine is not there.
         """
-        try:
-            target = self.resolve(job.task)
-        except ServingError as error:
-            error.param = job.param
-            raise
-        message = Submit(uuid.uuid4().hex, job.tokens, target.refs, job.sampling)
-        generation = Generation(job, target, self._engine.stream(message))
-        self._metrics.count("prompt_tokens", len(job.tokens), task=target.label)
+        job = plan.job
+        message = Submit(
+            uuid.uuid4().hex,
+            job.tokens,
+            plan.target.refs,
+            plan.sampling,
+            salt=salt,
+            timeout=plan.wanted.timeout,
+            grammar=job.grammar,
+        )
+        generation = Generation(plan, self._engine.stream(message))
+        self._metrics.count("prompt_tokens", len(job.tokens), task=plan.target.label)
         self._metrics.observe("request_prompt_tokens", len(job.tokens))
+        self._metrics.observe("request_params_max_tokens", plan.sampling.max_tokens)
         return generation
 
     async def deltas(self, generation: Generation) -> AsyncGenerator[Delta, None]:
         """Yield the pieces of one answer; it ends at a stop string, or when the engine ends it."""
-        text = TextStream(self.tokenizer, generation.job.stop)
+        wanted = generation.plan.wanted
+        text = TextStream(
+            self.tokenizer,
+            wanted.stop,
+            include_stop=wanted.include_stop_str_in_output,
+            skip_special=wanted.skip_special_tokens,
+        )
         async for output in generation.stream:
             generation.outputs.append(output)
             generation.cached_tokens = max(generation.cached_tokens, output.cached_tokens)
             # The token that ended the answer is a mark, not a part of it.
-            token = None if output.finish == "stop" else output.token
-            piece = "" if token is None else text.push(token)
+            is_mark = output.finish == "stop" and not wanted.include_stop_str_in_output
+            piece = "" if is_mark or output.token is None else text.push(output.token)
             if output.finish is not None:
                 piece += text.flush()
             reason = "stop" if text.finished else output.finish
             generation.text = text.text
             generation.finish_reason = reason
+            generation.stop_reason = text.stopped_by
+            if output.finish == "stop" and output.token in wanted.stop_token_ids:
+                generation.stop_reason = text.stopped_by or output.token
             yield Delta(piece, output, reason)
             if reason is not None:
                 return
 
     def finish(self, generation: Generation) -> None:
         """Count a sequence, and cancel it if it has not ended."""
-        generation.stream.close()
-        label, tokens = generation.target.label, len(generation.outputs)
-        reason = generation.finish_reason or "abort"
-        self._metrics.count("generations", task=label, finish_reason=reason)
-        self._metrics.count("generation_tokens", tokens, task=label)
-        self._metrics.count("cached_prompt_tokens", generation.cached_tokens, task=label)
-        if generation.finish_reason is not None:
-            self._metrics.observe("request_generation_tokens", tokens)
-            elapsed = time.perf_counter() - generation.stream.submitted
-            self._metrics.observe("e2e_request_latency_seconds", elapsed)
+        stream, outputs = generation.stream, generation.outputs
+        stream.close()
+        end = EndedSequence(
+            label=generation.target.label,
+            reason=generation.finish_reason or "abort",
+            is_complete=generation.finish_reason is not None,
+            tokens=len(outputs),
+            cached_tokens=generation.cached_tokens,
+            queued=generation.queued_seconds,
+            first=generation.ttft_seconds,
+            last=stream.last - stream.submitted,
+            whole=time.perf_counter() - stream.submitted,
+        )
+        self._metrics.observe_sequence(end)
 
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text that cannot fit before time is spent on encoding it."""
+        limit = self.model.max_model_len
+        least = self.tokenizer.least_tokens(text)
+        if least > limit:
+            msg = f"{len(text)} characters are at least {least} tokens; the context holds {limit}"
+            raise PromptTooLong(msg, param=param)
 
-class Batch:
-    """The jobs of one request: submitted on entering, cancelled on leaving if they have not ended.
-
-    Attributes:
-        generations: One per job, in their order, once entered.
-    """
-
-    def __init__(self, inference: Inference, jobs: Sequence[Job]) -> None:
-        self.generations: list[Generation] = []
-        self._inference = inference
-        self._jobs = jobs
-
-    @property
-    def targets(self) -> list[Target]:
-        """What the jobs' tasks stood for when they were submitted."""
-        return [generation.target for generation in self.generations]
-
-    def __enter__(self) -> Batch:
-        try:
-            for job in self._jobs:
-                self.generations.append(self._inference.submit(job))
-        except OneplusnError:
-            self._close()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        for generation in self.generations:
-            self._inference.finish(generation)
-
-    async def run(self) -> Batch:
-        """Generate all to their ends.
+    def check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """Refuse what is no token of the model.
 
         Raises:
-            OneplusnError: One of them failed; the others are cancelled.
+            InvalidRequest: One of them is none.
         """
-        with self:
-            streams = [self._inference.deltas(generation) for generation in self.generations]
-            await _together([_exhaust(stream) for stream in streams])
-        return self
+        size = self.model.vocab_size
+        bad = next((token for token in tokens if not 0 <= token < size), None)
+        if bad is not None:
+            msg = f"{param} holds {bad}, which is no token; this model has {size}"
+            raise InvalidRequest(msg, param=param)
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield the pieces of all answers as they come, each with the answer's index.
+    def _room(self, job: Job, default: int | None) -> int:
+        """Return how many tokens may be generated after a prompt.
 
-        Raises:
-            OneplusnError: One of them failed.
+        What the request limits it to; else what its task brings, or `MAX_DEFAULT_TOKENS`, as far
+        as the context goes.
         """
-        pieces: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
-
-        async def pump(index: int, generation: Generation) -> None:
-            try:
-                async for delta in self._inference.deltas(generation):
-                    await pieces.put((index, delta))
-                await pieces.put(None)
-            except Exception as error:
-                # It is raised where the pieces are read, not lost in this task.
-                await pieces.put(error)
-
-        pumps = [asyncio.create_task(pump(*pair)) for pair in enumerate(self.generations)]
-        try:
-            unfinished = len(pumps)
-            while unfinished:
-                piece = await pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                if piece is None:
-                    unfinished -= 1
-                else:
-                    yield piece
-        finally:
-            for task in pumps:
-                task.cancel()
-
-
-async def _exhaust(deltas: AsyncIterator[Delta]) -> None:
-    """Read to the end, for what that leaves in the generation."""
-    async for _ in deltas:
-        pass
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+        length, limit = len(job.tokens), self.model.max_model_len
+        if not length:
+            msg = "the prompt has no tokens; send at least one"
+            raise InvalidRequest(msg, param=job.prompt_param)
+        if length + (job.limit or 1) > limit:
+            wanted = f" and {job.limit} to generate" if job.limit else ""
+            msg = f"{length} prompt tokens{wanted} exceed the context of {limit} tokens"
+            raise PromptTooLong(f"{msg}; shorten one of them", param=job.prompt_param)
+        return job.limit or min(limit - length, default or MAX_DEFAULT_TOKENS)

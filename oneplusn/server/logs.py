@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 from oneplusn.server.settings import Settings
 
 _PLAIN = re.compile(r"[\w.:/@+\-]+\Z", re.ASCII)
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-|\Z)", re.ASCII)
+_NO_TRACE = "0" * 32
 # Asked every few seconds by machines; their lines would drown the others.
-_PROBES = ("/health", "/metrics")
+PROBES = ("/health", "/ping", "/metrics")
 _access = logging.getLogger("oneplusn.access")
 
 
@@ -23,6 +25,8 @@ class RequestRecord:
     """What the log says about one request; filled in while it is served.
 
     Attributes:
+        trace_id: The trace that the client's `traceparent` names.
+        queue_ms: Milliseconds until its first step.
         ttft_ms: Milliseconds until its first token.
         e2e_ms: Milliseconds until the answer was sent.
         disconnect: The client went away before the end.
@@ -30,6 +34,7 @@ class RequestRecord:
 
     request_id: str
     method: str
+    trace_id: str | None = None
     route: str = "unmatched"
     task: str | None = None
     adapter: str | None = None
@@ -38,16 +43,23 @@ class RequestRecord:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: str | None = None
+    queue_ms: float | None = None
     ttft_ms: float | None = None
     e2e_ms: float | None = None
     disconnect: bool = False
+
+
+def read_trace_id(traceparent: str) -> str | None:
+    """Return the id of the trace that a W3C `traceparent` header names; None if it is malformed."""
+    match = _TRACEPARENT.match(traceparent)
+    return None if match is None or match[1] == _NO_TRACE else match[1]
 
 
 def log_request(record: RequestRecord) -> None:
     """Write the line of one request; fields that do not apply are left out."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     known = {k: value for k, value in values.items() if value is not None and value is not False}
-    level = logging.DEBUG if record.route.startswith(_PROBES) else logging.INFO
+    level = logging.DEBUG if record.route.startswith(PROBES) else logging.INFO
     _access.log(level, "request", extra={"fields": known})
 
 

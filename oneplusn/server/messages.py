@@ -1,7 +1,7 @@
 """Messages between the API and the engine: all that one knows of the other.
 
-To the engine go `Submit`, `Cancel`, `Load` and `Unload`; from it come `StepOutputs` (one a step,
-not one a token), `Loaded`, `Freed`, `Stats`, `Ready` and `Fatal`. Each is a tagged msgspec struct,
+To the engine go `Submit`, `Cancel`, `Load` and `Unload`; from it come `Ready`, `StepOutputs` (one
+a step, not one a token), `Loaded`, `Freed`, `Stats` and `Fatal`. Each is a tagged msgspec struct,
 so a union of them decodes without help. Adapters appear by digest only: names, versions and
 aliases are the registry's business.
 """
@@ -13,10 +13,11 @@ from typing import Literal
 
 import msgspec
 
+from oneplusn.adapters.prepared import BaseLayout, SiteInfo
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.errors import InvalidRequest
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 MAX_LOGPROBS = 20
 
@@ -99,6 +100,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
         refs: The task or the blend; empty = the bare base model.
         sampling: How to sample, and when to end.
         salt: Requests share cached prefixes only within one salt (the tenant's).
+        timeout: Seconds from its arrival after which the engine ends it; None = never.
+        grammar: What the output must match, as `GrammarSpec` writes it; None = anything.
     """
 
     id: str
@@ -106,10 +109,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     refs: tuple[TaskRef, ...]
     sampling: Sampling
     salt: str = ""
+    timeout: float | None = None
+    grammar: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """End a request now; unknown ids are ignored, as it may just have finished."""
+    """End a request before the next step; unknown ids are ignored, as it may just have ended."""
 
     id: str
 
@@ -124,7 +129,8 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
         top: The likeliest tokens with theirs, likeliest first, if asked for.
         finish: Why the request ended; None = more will come.
         cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
-        error: What went wrong, with `finish == "error"`.
+        queued_s: With the first token, the seconds from the request's arrival to its first step.
+        error: What went wrong, with `finish == "error"`, or who ended it, with "abort".
     """
 
     id: str
@@ -133,6 +139,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     top: list[tuple[int, float]] | None = None
     finish: FinishReason | None = None
     cached_tokens: int = 0
+    queued_s: float | None = None
     error: str | None = None
 
 
@@ -166,36 +173,64 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """A request that was not taken.
+
+    Attributes:
+        id: The request.
+        kind: Class of the reason, one of `oneplusn.errors`.
+        message: The reason.
+        code: Its code.
+        param: Field of the request at fault, if one is.
+    """
+
+    id: str
+    kind: str
+    message: str
+    code: str
+    param: str | None = None
+
+
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
-    """Everything that one step has to tell."""
+    """Everything that one step has to tell, and which requests were refused before it."""
 
     outputs: list[TokenOutput]
     stats: StepStats
+    refused: list[Refusal] = []
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Bring the adapter version in the folder `path` into the pool."""
+    """Make an adapter version resident.
+
+    Attributes:
+        digest: The version.
+        path: Its page image, a file.
+        pin: Keep it until it is unloaded, whoever needs room; None = as it was before.
+    """
 
     digest: str
     path: str
+    pin: bool | None = False
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The version is resident, or `error` says why not."""
+    """The version is resident and written whole, or `error` and `code` say why not."""
 
     digest: str
     num_bytes: int = 0
     error: str | None = None
+    code: str | None = None
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):
-    """Take the version out of the pool once no request refers to it."""
+    """Take the version out of the pool once no request refers to it; `force` ends those."""
 
     digest: str
+    force: bool = False
 
 
 class Freed(msgspec.Struct, frozen=True, tag=True):
-    """The version left the pool."""
+    """The version is not resident any more: unloaded, or evicted for another."""
 
     digest: str
     num_bytes: int
@@ -211,14 +246,48 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     resident: list[str]
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The base model is loaded and passed its probe."""
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The base model is loaded and passed its probe.
+
+    Attributes:
+        model: As the settings name it.
+        folder: Where its tokenizer lies.
+        max_model_len: Longest prompt plus completion, in tokens.
+        vocab_size: Number of tokens that the model knows.
+        eos_ids: Tokens that end an answer.
+        dtype: Of the pool's pages, as `bfloat16`.
+        sites: Linears that adapters can reach.
+        base_fingerprint: Identity of the weights.
+        memory: Bytes by purpose: weights, kv, adapters, free.
+    """
 
     model: str
+    folder: str
     max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    dtype: str
+    sites: tuple[SiteInfo, ...]
+    base_fingerprint: str
+    memory: dict[str, int]
+
+    @property
+    def layout(self) -> BaseLayout:
+        """What must be known to lay an adapter out for this base."""
+        return BaseLayout(self.sites, self.dtype, self.base_fingerprint)
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot go on; the process ends after this."""
+    """The engine cannot go on; the process ends after this.
+
+    Attributes:
+        error: The reason.
+        kind: Its class, one of `oneplusn.errors`.
+    """
 
     error: str
+    kind: str = "EngineStopped"
+
+
+ToEngine = Submit | Cancel | Load | Unload
+FromEngine = Ready | StepOutputs | Loaded | Freed | Stats | Fatal

@@ -1,140 +1,118 @@
-"""Metrics, one row each: to add one, add a row and the line that feeds it.
+"""The metrics of one server: who feeds them, and how they are read.
 
-`docs/metrics.md` lists the rows, and a test compares it with a live scrape. Label values are
-bounded: routes and statuses by what the server knows, tasks by a cap.
+`metric_rows.py` lists them, `docs/metrics.md` explains them, and a test compares both with a live
+scrape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from oneplusn import __version__
-from oneplusn.server.messages import StepStats
+from oneplusn.server.logs import PROBES, RequestRecord
+from oneplusn.server.messages import Stats, StepStats
+from oneplusn.server.metric_rows import METRICS
+from oneplusn.server.metric_series import Distributions, Numbers, Series, preamble, series_of
+from oneplusn.server.metrics_compat import VllmNames, vllm_lines
 
-PREFIX = "oneplusn_"
 MAX_TASK_LABELS = 200
 OTHER = "other"
+BLEND = "blend"
 
-_COUNTS = (*range(17), 24, 32, 48, 64, 96, 128, 192, 256)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_LONG = (*_SHORT, 30, 60, 120, 300, 600)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One metric. `name` goes without the prefix, and without `_total` for counters."""
-
-    name: str
-    type: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
+# Why a request was not computed, by the code of its error.
+_REJECTIONS = {
+    "queue_full": "full",
+    "draining": "draining",
+    "engine_stopped": "unavailable",
+    "engine_dead": "unavailable",
+}
+# How far a request was when its client left, by the status of the answer.
+_PHASES = {None: "receiving", 499: "waiting"}
 
 
-METRICS = (
-    Row("build_info", "gauge", "Always 1; says which version runs.", ("version",)),
-    Row("requests", "counter", "HTTP requests answered.", ("route", "status")),
-    Row("client_disconnects", "counter", "Requests whose client went away early."),
-    Row("generations", "counter", "Sequences ended.", ("task", "finish_reason")),
-    Row("prompt_tokens", "counter", "Prompt tokens accepted.", ("task",)),
-    Row("cached_prompt_tokens", "counter", "Those found in the prefix cache.", ("task",)),
-    Row("generation_tokens", "counter", "Tokens generated.", ("task",)),
-    Row("request_prompt_tokens", "histogram", "Prompt length.", buckets=_TOKENS),
-    Row("request_generation_tokens", "histogram", "Output length.", buckets=_TOKENS),
-    Row(
-        "time_to_first_token_seconds",
-        "histogram",
-        "From the hand-over to the engine to the first token.",
-        buckets=_LONG,
-    ),
-    Row(
-        "inter_token_latency_seconds",
-        "histogram",
-        "From one token of a sequence to its next.",
-        buckets=_SHORT,
-    ),
-    Row(
-        "e2e_request_latency_seconds",
-        "histogram",
-        "From the hand-over to the engine to the end of the sequence.",
-        buckets=_LONG,
-    ),
-    Row("num_requests_running", "gauge", "Sequences that hold KV blocks."),
-    Row("num_requests_waiting", "gauge", "Sequences that wait for blocks, rows or an adapter."),
-    Row("kv_cache_usage_ratio", "gauge", "Share of the KV blocks in use, 0 to 1."),
-    Row("preemptions", "counter", "Sequences that lost their KV blocks to others."),
-    Row("engine_step_seconds", "histogram", "Duration of a step.", buckets=_SHORT),
-    Row("batch_tokens", "histogram", "Rows of a step's batch.", buckets=_TOKENS),
-    Row(
-        "batch_distinct_tasks",
-        "histogram",
-        "Tasks and blends that shared a step, the base not counted.",
-        buckets=_COUNTS,
-    ),
-    Row(
-        "batch_distinct_clusters",
-        "histogram",
-        "Clusters that shared a step, the base not counted.",
-        buckets=_COUNTS,
-    ),
-    Row("adapters_resident", "gauge", "Adapter versions in the engine's memory."),
-    Row("adapter_resident_bytes", "gauge", "Memory that they hold."),
-    Row("adapter_uploads", "counter", "Uploads by outcome, an error's code or `ok`.", ("result",)),
-)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedSequence:
+    """A sequence that has ended. Times are in seconds from its hand-over to the engine.
+
+    Attributes:
+        label: Value of the task label.
+        reason: Why it ended.
+        is_complete: It was neither cancelled nor lost.
+        tokens: Generated.
+        cached_tokens: Of its prompt, found in the prefix cache.
+        queued: Until its first step; None if that is not known.
+        first: Until its first token; None if it got none.
+        last: Until its latest token.
+        whole: Until its end.
+    """
+
+    label: str
+    reason: str
+    is_complete: bool
+    tokens: int
+    cached_tokens: int
+    queued: float | None
+    first: float | None
+    last: float
+    whole: float
 
 
 class Metrics:
-    """The metrics of one server. All methods are called on the event loop's thread."""
+    """The metrics of one server. All methods are called on the event loop's thread.
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._tasks: dict[str, str] = {}
-        self._counters: dict[str, Counter] = {}
-        self._gauges: dict[str, Gauge] = {}
-        self._histograms: dict[str, Histogram] = {}
-        for row in METRICS:
-            self._add(row)
-        ProcessCollector(registry=self._registry)
-        self.set("build_info", 1, version=__version__)
+    Attributes:
+        series: What every metric holds, by name.
+        vllm: Set to expose them under vLLM's names, too.
+    """
 
-    def _add(self, row: Row) -> None:
-        name = PREFIX + row.name
-        if row.type == "counter":
-            self._counters[row.name] = Counter(name, row.help, row.labels, registry=self._registry)
-        elif row.type == "gauge":
-            self._gauges[row.name] = Gauge(name, row.help, row.labels, registry=self._registry)
-        else:
-            self._histograms[row.name] = Histogram(
-                name, row.help, row.labels, registry=self._registry, buckets=row.buckets
-            )
+    def __init__(self, base_name: str = "base", *, vllm: VllmNames | None = None) -> None:
+        """Begin at zero; the base and blends have a task label of their own from the start."""
+        self.vllm = vllm
+        self.series: dict[str, Series] = {row.name: series_of(row) for row in METRICS}
+        self._followed: dict[str, Callable[[], float]] = {}
+        self._tasks = {name: name for name in (base_name, BLEND)}
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        self.set(
+            "build_info",
+            1,
+            version=__version__,
+            python=platform.python_version(),
+            torch=_installed("torch"),
+            triton=_installed("triton"),
+        )
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
-        counter = self._counters[name]
-        (counter.labels(**labels) if labels else counter).inc(amount)
+        series = self.series[name]
+        assert isinstance(series, Numbers)
+        series.add(amount, labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
-        gauge = self._gauges[name]
-        (gauge.labels(**labels) if labels else gauge).set(value)
+        series = self.series[name]
+        assert isinstance(series, Numbers)
+        series.set(value, labels)
 
-    def observe(self, name: str, value: float) -> None:
-        """Add an observation to a histogram."""
-        self._histograms[name].observe(value)
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add an observation to a histogram or a summary."""
+        series = self.series[name]
+        assert isinstance(series, Distributions)
+        series.observe(value, labels)
+
+    def follow(self, name: str, read: Callable[[], float]) -> None:
+        """Ask for the value of a gauge, or of a counter kept elsewhere, at every scrape.
+
+        What raises an `OSError` keeps the value that it had.
+        """
+        self._followed[name] = read
 
     def task_label(self, task: str) -> str:
         """Return the label value of a task: its name, or `other` once the cap is reached.
@@ -146,6 +124,36 @@ class Metrics:
             self._tasks[task] = task
         return self._tasks.get(task, OTHER)
 
+    def observe_request(self, record: RequestRecord) -> None:
+        """Record how a request was answered."""
+        self.count(
+            "requests",
+            route=record.route,
+            status=str(record.status or "none"),
+            code=record.code or "",
+        )
+        if record.disconnect:
+            self.count("client_disconnects", phase=_PHASES.get(record.status, "streaming"))
+        if record.status == 401:
+            self.count("auth_failures")
+        reason = _rejection(record)
+        if reason is not None:
+            self.count("queue_rejected", reason=reason)
+
+    def observe_sequence(self, end: EndedSequence) -> None:
+        """Record what became of a sequence."""
+        task = end.label
+        self.count("generations", task=task, finish_reason=end.reason)
+        self.count("generation_tokens", end.tokens, task=task)
+        self.count("cached_prompt_tokens", end.cached_tokens, task=task)
+        if end.first is not None:
+            self.observe("task_time_to_first_token_seconds", end.first, task=task)
+            if end.queued is not None:
+                self.observe("request_queue_time_seconds", end.queued)
+                self.observe("request_prefill_time_seconds", end.first - end.queued)
+        if end.is_complete:
+            self._observe_complete(end)
+
     def observe_step(self, stats: StepStats) -> None:
         """Record what one step of the engine did."""
         self.set("num_requests_running", stats.running)
@@ -154,26 +162,59 @@ class Metrics:
         if not stats.num_tokens:
             return
         self.count("preemptions", stats.preemptions)
+        self.set("engine_last_step_timestamp_seconds", time.time())
         self.observe("engine_step_seconds", stats.step_seconds)
         self.observe("batch_tokens", stats.num_tokens)
         self.observe("batch_distinct_tasks", stats.distinct_tasks)
         self.observe("batch_distinct_clusters", stats.distinct_clusters)
 
+    def observe_occupancy(self, stats: Stats) -> None:
+        """Record how large the engine's two budgets are."""
+        self.set("kv_cache_blocks", stats.kv_blocks)
+        self.set("adapter_memory_bytes", stats.pool_bytes)
+
     def scrape(self) -> bytes:
         """Return every metric in Prometheus' text format."""
-        shown = CollectorRegistry()
-        shown.register(_WithoutCreation(self._registry))
-        return generate_latest(shown)
+        for name, read in self._followed.items():
+            with suppress(OSError):
+                self.set(name, read())
+        return "".join(self._lines()).encode() + generate_latest(self._process)
+
+    def _observe_complete(self, end: EndedSequence) -> None:
+        self.observe("request_generation_tokens", end.tokens)
+        self.observe("e2e_request_latency_seconds", end.whole)
+        self.observe("task_e2e_request_latency_seconds", end.whole, task=end.label)
+        if end.queued is not None:
+            self.observe("request_inference_time_seconds", end.last - end.queued)
+        if end.first is None:
+            return
+        decode = end.last - end.first
+        self.observe("request_decode_time_seconds", decode)
+        if end.tokens > 1:
+            each = decode / (end.tokens - 1)
+            self.observe("task_time_per_output_token_seconds", each, task=end.label)
+
+    def _lines(self) -> Iterator[str]:
+        for series in self.series.values():
+            row = series.row
+            yield preamble(row.exposed, row.type, row.help)
+            yield from series.lines()
+        if self.vllm is not None:
+            yield from vllm_lines(self.vllm, self.series)
 
 
-class _WithoutCreation(Collector):
-    """Hide the creation times that the client library adds to every counter and histogram."""
+def _rejection(record: RequestRecord) -> str | None:
+    """Say why a request was turned away before it was computed, if it was."""
+    if record.route.startswith(PROBES):
+        return None
+    if record.code == "deadline_exceeded" and record.ttft_ms is None:
+        return "deadline"
+    return _REJECTIONS.get(record.code or "")
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
 
-    def collect(self) -> Iterable[Family]:
-        """Yield the families, each without its `_created` samples."""
-        for family in self._registry.collect():
-            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
-            yield family
+def _installed(distribution: str) -> str:
+    """Return the version of a package without importing it; empty if it is not there."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""

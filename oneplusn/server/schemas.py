@@ -1,34 +1,56 @@
-"""Bodies of the requests: fields, ranges, defaults, and what they mean for the engine.
+"""Bodies of the requests: what all of them share.
 
 Fields of other servers' interfaces keep those servers' names. Unknown fields are ignored; known
-ones must have the right type, so `"5"` is no number and `1` no boolean.
+ones must have the right type, so `"5"` is no number and `1` no boolean. What is known, not served
+and would change the answer is refused by name: silence would be a wrong answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
 
 from oneplusn.errors import InvalidRequest
 from oneplusn.server.messages import Sampling
 
 MAX_DEFAULT_TOKENS = 4096
-MAX_INPUTS = 256
-MAX_CHOICES = 8
+MAX_INPUTS = 128
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_BIASES = 300
-MAX_MESSAGES = 1000
 MAX_BLEND = 8
+MAX_TIMEOUT_SECONDS = 86_400
+MAX_TOKENS = 1 << 20
 
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _INT64 = 1 << 63
 
 
 def _listed(value: object) -> object:
     """Read a lone string as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Refuse an object of more items before each of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, Mapping) and len(value) > limit:
+            msg = f"it has {len(value)} items; at most {limit} are possible"
+            raise ValueError(msg)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _not_zero(weight: float) -> float:
@@ -38,37 +60,68 @@ def _not_zero(weight: float) -> float:
     return weight
 
 
+# A list says only what is wrong first, and its length is known before its items are looked at:
+# a message about each of a million items would cost minutes and gigabytes.
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
     Field(max_length=MAX_STOPS),
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
 ]
 Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+Limit = Annotated[int, Field(ge=1, le=1 << 24)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Weight = Annotated[float, Field(ge=-1e3, le=1e3), AfterValidator(_not_zero)]
-Blend = Annotated[dict[str, Weight], Field(min_length=1, max_length=MAX_BLEND)]
+Blend = Annotated[dict[str, Weight], Field(min_length=1, max_length=MAX_BLEND), at_most(MAX_BLEND)]
 TaskField = str | Blend | None
 
 
 class Body(BaseModel):
-    """A request body. No NaN, no Infinity, no guessing of types."""
+    """A request body. No NaN, no Infinity, no guessing of types.
+
+    Attributes:
+        refused: Fields that other servers take and this one does not, each with the way out. They
+            may hold what asks for nothing: null, false, or an empty text, list or object.
+        fixed: Fields of other servers that may only say what happens anyway.
+        prefix: Where the body stands within the request, for the names of its fields.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
+    refused: ClassVar[Mapping[str, str]] = {}
+    fixed: ClassVar[Mapping[str, JsonValue]] = {}
+    prefix: ClassVar[str] = ""
+
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, value: object) -> object:
+    def _read_nulls_and_refuse(cls, value: object) -> object:
         """Read null as the default wherever there is one, as OpenAI's clients send it."""
         if not isinstance(value, Mapping):
             return value
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {key: item for key, item in value.items() if item is not None or key not in optional}
+        for name in cls.refused.keys() & value.keys():
+            if value[name]:
+                raise cls._unsupported(name, cls.refused[name])
+        for name in cls.fixed.keys() & value.keys():
+            if value[name] not in (None, cls.fixed[name]):
+                raise cls._unsupported(name, f"it may only be {cls.fixed[name]!r}")
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        return {
+            name: value[name]
+            for name, field in fields.items()
+            if name in value and (value[name] is not None or field.is_required())
+        }
+
+    @classmethod
+    def _unsupported(cls, name: str, way_out: str) -> InvalidRequest:
+        msg = f"{cls.prefix}{name} is not supported: {way_out}"
+        return InvalidRequest(msg, code="unsupported_field", param=cls.prefix + name)
 
 
 class SamplingFields(Body):
     """How tokens are picked, under the names that all interfaces share."""
 
+    temperature: float | None = Field(None, ge=0, le=2)
     top_k: int = Field(0, ge=-1, le=1 << 20, description="Keep the k likeliest; 0 or -1 = all.")
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -80,19 +133,36 @@ class SamplingFields(Body):
     stop_token_ids: list[TokenId] = Field([], max_length=128)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
-    logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES), at_most(MAX_BIASES)] = {}
+    skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+    include_stop_str_in_output: bool = Field(
+        False, description="Let the answer end with the stop string or token that ended it."
+    )
+    timeout: float | None = Field(
+        None, ge=1e-3, le=MAX_TIMEOUT_SECONDS, description="Seconds until it is given up."
+    )
 
-    def sampling(
-        self, *, max_tokens: int, temperature: float, seed: int, logprobs: int | None
-    ) -> Sampling:
+    @property
+    def default_temperature(self) -> float:
+        """The temperature of a request that names none."""
+        return 1.0
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """Fill in what the request does not say, from what its task brings."""
+        names = type(self).model_fields.keys() - self.model_fields_set
+        unsaid = {name: value for name, value in defaults.items() if name in names}
+        return self.model_copy(update=unsaid) if unsaid else self
+
+    def sampling(self, *, max_tokens: int, seed: int, logprobs: int | None) -> Sampling:
         """Build the engine's form.
 
         Raises:
             InvalidRequest: `min_tokens` is above `max_tokens`, or a key of `logit_bias` no token.
         """
+        given = self.temperature
         return Sampling(
             max_tokens=max_tokens,
-            temperature=temperature,
+            temperature=self.default_temperature if given is None else given,
             top_k=max(self.top_k, 0),
             top_p=self.top_p,
             min_p=self.min_p,
@@ -120,163 +190,7 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-class GenerateParameters(SamplingFields):
-    """`parameters` of `/generate`. Greedy unless a temperature is given."""
+class TaskDefaults(SamplingFields):
+    """Sampling that an adapter brings for one of its tasks, used where a request says nothing."""
 
-    max_new_tokens: int | None = Field(None, ge=1, description="Default: what the context leaves.")
-    temperature: float = Field(0.0, ge=0, le=2)
-    details: bool = Field(False, description="List every token with its log-probability.")
-    top_n_tokens: int = Field(0, ge=0, le=20, description="Likeliest tokens listed in `details`.")
-    return_full_text: bool = Field(False, description="Put the prompt before the answer.")
-
-
-class GenerateRequest(Body):
-    """Body of `/generate`: a task for every input, all served in the same batch."""
-
-    task: TaskField | Annotated[list[TaskField], Field(max_length=MAX_INPUTS)] = Field(
-        description="Name, weights of a blend, null for the base, or a list with one per input."
-    )
-    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-    parameters: GenerateParameters = Field(
-        default_factory=lambda: GenerateParameters.model_validate({})
-    )
-
-    @model_validator(mode="after")
-    def _one_task_per_input(self) -> GenerateRequest:
-        if isinstance(self.task, list):
-            inputs = len(self.inputs) if isinstance(self.inputs, list) else None
-            if inputs != len(self.task):
-                got = "a single text" if inputs is None else f"{inputs} inputs"
-                msg = f"task lists {len(self.task)} tasks for {got}; give one task per input"
-                raise InvalidRequest(msg, param="task")
-        return self
-
-    @property
-    def pairs(self) -> list[tuple[str, str | dict[str, float] | None]]:
-        """Every input with its task."""
-        inputs = self.inputs if isinstance(self.inputs, list) else [self.inputs]
-        tasks = self.task if isinstance(self.task, list) else [self.task] * len(inputs)
-        return list(zip(inputs, tasks, strict=True))
-
-
-class StreamOptions(Body):
-    """What a stream tells besides tokens."""
-
-    include_usage: bool = False
-
-
-class OpenAIRequest(SamplingFields):
-    """What chat and plain completions have in common."""
-
-    model: str = Field(description="The base model or a task.")
-    task: str | None = Field(None, description="May repeat `model`; anything else is an error.")
-    temperature: float = Field(1.0, ge=0, le=2)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _check_shared(self) -> OpenAIRequest:
-        if self.task is not None and self.task != self.model:
-            msg = f"task {self.task!r} contradicts model {self.model!r}; give one, or both alike"
-            raise InvalidRequest(msg, param="task")
-        if self.stream_options is not None and not self.stream:
-            msg = "stream_options is given without stream: true; drop one or add the other"
-            raise InvalidRequest(msg, param="stream_options")
-        return self
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class TextPart(Body):
-    """A piece of a message; text is the only kind that a text model reads."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-class ResponseFormat(Body):
-    """Form of the answer."""
-
-    type: Literal["text"] = Field(description="Only free text.")
-
-
-class ChatRequest(OpenAIRequest):
-    """Body of `/v1/chat/completions`."""
-
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="Default: what the context leaves."
-    )
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
-    tools: list[Any] = Field([], max_length=0, description="Not supported; must be empty.")
-
-    @model_validator(mode="after")
-    def _check_chat(self) -> ChatRequest:
-        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
-            old, new = self.max_tokens, self.max_completion_tokens
-            msg = f"max_tokens {old} contradicts max_completion_tokens {new}; give one of them"
-            raise InvalidRequest(msg, param="max_completion_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
-            msg = "top_logprobs is given without logprobs: true; drop one or add the other"
-            raise InvalidRequest(msg, param="top_logprobs")
-        return self
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Likeliest tokens to list for each token; None = no log-probabilities at all."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class CompletionRequest(OpenAIRequest):
-    """Body of `/v1/completions`."""
-
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: int | None = Field(None, ge=1, description="Default: what the context leaves.")
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
-    suffix: None = Field(None, description="Not supported; must be null.")
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
-
-    @model_validator(mode="after")
-    def _check_completion(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n):
-            msg = f"best_of {self.best_of} is not supported; it may only equal n, {self.n}"
-            raise InvalidRequest(msg, param="best_of")
-        if self.echo and self.logprobs is not None:
-            msg = "echo with logprobs is not supported: prompts have no log-probabilities here"
-            raise InvalidRequest(msg, param="echo")
-        if not 1 <= len(self.prompts) * self.n <= MAX_INPUTS:
-            count = f"{len(self.prompts)} prompts with {self.n} choices each"
-            msg = f"{count}; a request makes 1 to {MAX_INPUTS} answers"
-            raise InvalidRequest(msg, param="prompt")
-        return self
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """Every prompt, as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [[int(token) for token in self.prompt if isinstance(token, int)]]
-        return [item for item in self.prompt if not isinstance(item, int)]
+    max_tokens: Limit | None = None

@@ -1,21 +1,30 @@
-"""Run the application under uvicorn until it is told to stop."""
+"""Run the application under uvicorn until it is told to stop, and stop in order.
+
+The first SIGTERM drains: `/health/ready` and new requests get 503 at once, what is in flight has
+`--shutdown-timeout` to finish. The second ends that with an error, the third without a word.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
-from types import FrameType
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import uvicorn
 
 from oneplusn.errors import ConfigError
 from oneplusn.server.app import create_app
-from oneplusn.server.launch import engine_factory
+from oneplusn.server.launch import launcher
 from oneplusn.server.logs import configure_logging
 from oneplusn.server.settings import Settings
+from oneplusn.server.state import Server
 
 _BACKLOG = 2048
+_FLUSH_S = 2
+"""What answers get to reach their clients, once everything has ended."""
 _log = logging.getLogger("oneplusn.server")
 
 
@@ -24,33 +33,88 @@ def serve(settings: Settings) -> None:
 
     Raises:
         OneplusnError: The address is taken, or the model or an adapter cannot be served.
+        KeyboardInterrupt: It was SIGINT.
     """
-    listener = _listen(settings)
-    configure_logging(settings)
     failures: list[BaseException] = []
 
     def give_up(error: BaseException) -> None:
         failures.append(error)
-        server.should_exit = True
+        runner.should_exit = True
 
-    app = create_app(settings, engine_factory(settings), on_failure=give_up)
+    app = create_app(settings, launcher(settings), on_failure=give_up)
+    listener = _listen(settings)
+    configure_logging(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=settings.shutdown_timeout,
+        timeout_graceful_shutdown=_FLUSH_S,
     )
-    server = uvicorn.Server(config)
+    runner = Runner(config, app.state.server, drain_seconds=settings.shutdown_timeout)
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     _log.info("listening on %s; loading the model", address)
-    # uvicorn shuts down in order on SIGTERM and then raises it again, which ends up here.
-    signal.signal(signal.SIGTERM, _exit_quietly)
     with listener:
-        server.run(sockets=[listener])
+        runner.run(sockets=[listener])
     if failures:
         raise failures[0]
+    if runner.interrupted:
+        raise KeyboardInterrupt
+
+
+class Runner(uvicorn.Server):
+    """uvicorn with a way to stop that its clients can follow.
+
+    Attributes:
+        interrupted: Whether the first signal was SIGINT.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server, *, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.interrupted = False
+        self._server = server
+        self._drain_seconds = drain_seconds
+        self._signals = 0
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Take signals on the event loop, where they can act at once."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            _log.info("draining on %s: up to %g s", number.name, self._drain_seconds)
+            self.interrupted = number is signal.SIGINT
+            self._server.drain()
+            self._draining = asyncio.create_task(self._drain())
+        elif self._signals == 2:
+            _log.warning("ending what is in flight on a second %s", number.name)
+            self._end()
+        else:
+            self.force_exit = True
+
+    async def _drain(self) -> None:
+        """Stop when no request is left, or when their time is over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._drain_seconds
+        while (tasks := set(self.server_state.tasks)) and loop.time() < deadline:
+            await asyncio.wait(tasks, timeout=deadline - loop.time())
+        self._end()
+
+    def _end(self) -> None:
+        self._server.end_requests()
+        self.should_exit = True
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -62,12 +126,12 @@ def _listen(settings: Settings) -> socket.socket:
     where = (settings.host, settings.port)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server(where, family=family, backlog=_BACKLOG)
+        listener = socket.create_server(where, family=family, backlog=_BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         msg = f"cannot listen on {where[0]}:{where[1]}: {reason}; choose another --port or --host"
         raise ConfigError(msg, param="port") from None
-
-
-def _exit_quietly(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    # Inherited by what is accepted. asyncio leaves it out for such a socket, and then every answer
+    # on a connection that is kept open waits 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

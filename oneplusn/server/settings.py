@@ -51,6 +51,13 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
+    api_key_file: Path | None = Field(
+        None,
+        description=(
+            "File with the key that every request but health must bring; `ONEPLUSN_API_KEY` holds "
+            "the key itself. Without a key, `host` must be a loopback address."
+        ),
+    )
     data: Path | None = Field(
         None,
         description=(
@@ -117,6 +124,18 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="Log lines as key=value pairs or as one JSON object each."
+    )
+    tool_parser: Literal["hermes", "llama3"] | None = Field(
+        None, description="How the model writes calls of tools; otherwise its chat template tells."
+    )
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="Whose names metrics have besides our own, for inference gateways."
+    )
+    step_timeout: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description="Seconds without a step, while one is due, before the engine is restarted.",
     )
     shutdown_timeout: int = Field(
         30, ge=0, le=3600, description="Seconds that requests in flight get after SIGTERM."

@@ -10,68 +10,117 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from oneplusn.adapters.registry import Registry, Version
+from oneplusn.adapters.registry import Registry
 from oneplusn.errors import (
     AdapterError,
-    AdapterNotFound,
     ConfigError,
     EngineStopped,
     MemoryPlanRefused,
+    OneplusnError,
     PoolExhausted,
 )
-from oneplusn.server.bridge import AsyncEngine, EngineFactory
+from oneplusn.server.bridge import AsyncEngine
+from oneplusn.server.grammars import Grammars
 from oneplusn.server.inference import Inference
+from oneplusn.server.jobs.grammar import grammars_for
 from oneplusn.server.metrics import Metrics
-from oneplusn.server.offload import offload
+from oneplusn.server.metrics_compat import VllmNames
+from oneplusn.server.registry_metrics import follow_registry
 from oneplusn.server.settings import Settings
+from oneplusn.server.supervisor import Launch
+from oneplusn.server.swaps import Swaps
+from oneplusn.server.workers import Workers
 
-if TYPE_CHECKING:
-    from oneplusn.adapters.bundle import Bundle
-
-UPLOAD_PREFIX = "upload-"
+SWEEP_EVERY_S = 3600
+STARTING = "the server is starting; try again in a few seconds"
 _log = logging.getLogger("oneplusn.server")
 
 
 class Server:
-    """Owns the engine, the registry and the data folder. Lives on the event loop.
+    """Owns the engine, the workers, the registry and the data folder. Lives on the event loop.
 
     Attributes:
         began: When it was made, in Unix time.
         data: The data folder, once started.
+        is_draining: Whether it finishes what it has and takes nothing new.
     """
 
-    def __init__(self, settings: Settings, factory: EngineFactory) -> None:
+    def __init__(self, settings: Settings, launch: Launch, workers: Workers | None = None) -> None:
         self.settings = settings
-        self.metrics = Metrics()
-        self.engine = AsyncEngine(factory, self.metrics, max_queue=settings.max_queue)
+        self.metrics = Metrics(settings.base_name)
+        self.engine = AsyncEngine(
+            launch,
+            self.metrics,
+            max_queue=settings.max_queue,
+            step_timeout=settings.step_timeout,
+        )
+        self.metrics.follow("engine_restarts", lambda: self.engine.restarts)
+        if settings.metrics_compat == "vllm":
+            self.metrics.vllm = VllmNames(
+                settings.base_name, settings.max_num_seqs, lambda: self.engine.tasks_in_flight
+            )
+        self.workers = workers or Workers(max_upload_bytes=int(settings.max_upload))
         self.began = time.time()
+        self.is_draining = False
         self.data: Path
-        self._started = False
+        self._is_started = False
         self._registry: Registry | None = None
         self._inference: Inference | None = None
-        self._publishing = asyncio.Lock()
-        self._resident: dict[str, int] = {}
-        self._retired: set[str] = set()
+        self._grammars: Grammars | None = None
+        self._swaps: Swaps | None = None
+        self._sweeping: asyncio.Task[None] | None = None
+
+    @property
+    def obstacle(self) -> OneplusnError | None:
+        """Why requests are not served; None while they are."""
+        if self.is_draining:
+            msg = "the server is shutting down; ask another one"
+            return EngineStopped(msg, code="draining")
+        if not self.engine.ready:
+            return self.engine.failure or EngineStopped(STARTING)
+        return None if self._is_started else EngineStopped(STARTING)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it has been ready once."""
+        return self._is_started
 
     @property
     def ready(self) -> bool:
-        """Whether requests are served: the model and every active adapter are loaded."""
-        return self._started and self.engine.ready
+        """Whether requests are served: the model and its adapters are loaded."""
+        return self.obstacle is None
+
+    def admit(self) -> None:
+        """Refuse a request, before any of it is done, while requests are not served.
+
+        Raises:
+            EngineStopped: The server is starting, stopping or broken.
+        """
+        if self.obstacle is not None:
+            raise self.obstacle
 
     @property
     def inference(self) -> Inference:
         """What turns requests into text.
 
         Raises:
-            EngineStopped: The server is starting, stopping or broken.
+            EngineStopped: The server is starting.
         """
-        if self.engine.failure is not None:
-            raise self.engine.failure
-        if self._inference is None or not self._started:
-            raise EngineStopped("the server is starting; try again in a few seconds")
+        if self._inference is None:
+            raise self.engine.failure or EngineStopped(STARTING)
         return self._inference
+
+    @property
+    def grammars(self) -> Grammars:
+        """What proves the grammars that requests bring.
+
+        Raises:
+            EngineStopped: The server is starting.
+        """
+        if self._grammars is None:
+            raise EngineStopped(STARTING)
+        return self._grammars
 
     @property
     def registry(self) -> Registry:
@@ -81,8 +130,19 @@ class Server:
             EngineStopped: The server is starting.
         """
         if self._registry is None:
-            raise EngineStopped("the server is starting; try again in a few seconds")
+            raise EngineStopped(STARTING)
         return self._registry
+
+    @property
+    def swaps(self) -> Swaps:
+        """What changes adapters.
+
+        Raises:
+            EngineStopped: The server is starting.
+        """
+        if self._swaps is None:
+            raise self.engine.failure or EngineStopped(STARTING)
+        return self._swaps
 
     async def start(self) -> None:
         """Load the model, then the adapters: those of the data folder, then those of the settings.
@@ -92,96 +152,76 @@ class Server:
         """
         name = self.settings.base_name
         self._registry = registry = self._open_data(name)
+        follow_registry(self.metrics, registry, self.data)
+        self.workers.start()
         model = await self.engine.start()
+        if model.base_fingerprint:
+            registry.bind(model.base_fingerprint)
+        self._grammars = grammars_for(self.workers, model)
         self._inference = Inference(
             self.engine, registry, self.metrics, model=model, base_name=name
         )
-        for version in registry.active():
-            with _naming(version.label):
-                blob = registry.blob(version.digest)
-                await self._load(await offload(_read, blob, version.adapter))
+        swaps = Swaps(registry, self.engine, self.workers, self.metrics, layout=model.layout)
+        self._swaps = swaps
+        self.engine.locate = swaps.locate
+        self.engine.on_ready = swaps.load_active
+        with _naming("of the data folder"):
+            await swaps.load_active()
         for adapter, path in {**self._packaged(), **self.settings.adapter}.items():
-            with _naming(adapter):
-                await self.publish(await offload(_read, path, adapter), adapter)
+            with _naming(repr(adapter)):
+                await swaps.publish(path, adapter)
         for task, _ in registry.tasks():
             self.metrics.task_label(task)
-        self._started = True
+        self._sweeping = asyncio.create_task(_sweep(registry))
+        self._is_started = True
         _log.info("ready: %s with %d tasks", name, len(registry.tasks()))
 
-    async def publish(self, bundle: Bundle, name: str) -> tuple[Version, bool]:
-        """Make an adapter resident, keep it, and activate it; say whether it is new.
+    def drain(self) -> None:
+        """Take nothing new from now on; what is in flight goes on."""
+        self.is_draining = True
 
-        The order makes it all or nothing: what the engine refuses is never written, and nothing
-        asks for a version before its row is committed.
-
-        Raises:
-            AdapterError: A name is taken, or the model or the memory cannot take it.
-        """
-        async with self._publishing:
-            self.registry.check(bundle, name)
-            before = {version.digest for version in self.registry.active()}
-            await self._load(bundle)
-            try:
-                version, new = await offload(self.registry.publish, bundle, name)
-            finally:
-                after = {version.digest for version in self.registry.active()}
-                self._retired = (self._retired | before | {bundle.digest}) - after
-                await self._unload_retired()
-            for task in version.tasks:
-                self.metrics.task_label(task)
-            return version, new
+    def end_requests(self) -> None:
+        """End what is in flight, with an error that says why."""
+        self.engine.end(EngineStopped("the server is shutting down", code="draining"))
 
     async def stop(self) -> None:
         """End what is in flight, and leave the data folder."""
-        self._started = False
+        self.drain()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         await self.engine.close()
+        await self.workers.close()
         if self._registry is not None:
             self._registry.close()
             if self.settings.data is None:
-                shutil.rmtree(self.data, ignore_errors=True)
+                await asyncio.to_thread(shutil.rmtree, self.data, ignore_errors=True)
 
     def _open_data(self, base_name: str) -> Registry:
-        """Open the data folder, and clear what uploads left there that a crash interrupted."""
         if self.settings.data is None:
             self.data = Path(tempfile.mkdtemp(prefix="oneplusn-"))
             _log.info("without --data, adapters are kept until the server stops")
         else:
             self.data = self.settings.data
             _log.info("adapters are kept in %s", self.data)
-        registry = Registry(self.data, base_name=base_name)
-        for leftover in self.data.glob(f"{UPLOAD_PREFIX}*"):
-            shutil.rmtree(leftover)
-        return registry
+        return Registry(self.data, base_name=base_name)
 
     def _packaged(self) -> dict[str, Path]:
         """Find the demo's adapters, for the demo; a name that has a version already keeps it."""
         if self.settings.model != "demo":
             return {}
         folder = Path(__file__).parents[1] / "demo" / "data" / "adapters"
-        known = {version.adapter for version in self.registry.active()}
+        known = {adapter.name for adapter in self.registry.adapters()}
         return {path.name: path for path in sorted(folder.iterdir()) if path.name not in known}
 
-    async def _load(self, bundle: Bundle) -> None:
-        self._resident[bundle.digest] = await self.engine.load(bundle)
-        self._count_resident()
 
-    async def _unload_retired(self) -> None:
-        """Free versions that nobody can ask for any more, except those that requests still use."""
-        for digest in sorted(self._retired):
-            try:
-                await self.engine.unload(digest)
-            except AdapterNotFound:
-                pass
-            except AdapterError as error:
-                _log.info("an old adapter version stays until the next upload: %s", error.message)
-                continue
-            self._retired.discard(digest)
-            self._resident.pop(digest, None)
-        self._count_resident()
-
-    def _count_resident(self) -> None:
-        self.metrics.set("adapters_resident", len(self._resident))
-        self.metrics.set("adapter_resident_bytes", sum(self._resident.values()))
+async def _sweep(registry: Registry) -> None:
+    """Remove, now and then, what nobody has named for a day."""
+    while True:
+        await asyncio.sleep(SWEEP_EVERY_S)
+        try:
+            await asyncio.to_thread(registry.sweep)
+        except OSError as error:
+            _log.warning("files that nobody needs could not be removed: %s", error)
 
 
 @contextmanager
@@ -195,15 +235,8 @@ def _naming(adapter: str) -> Iterator[None]:
     try:
         yield
     except PoolExhausted as error:
-        msg = f"the adapter {adapter!r} does not fit: {error.message}; raise --adapter-memory"
+        msg = f"the adapter {adapter} does not fit: {error.message}; raise --adapter-memory"
         raise MemoryPlanRefused(msg) from error
     except AdapterError as error:
-        msg = f"the adapter {adapter!r} cannot be served: {error.message}"
+        msg = f"the adapter {adapter} cannot be served: {error.message}"
         raise ConfigError(msg, code=error.code) from error
-
-
-def _read(path: Path, name: str) -> Bundle:
-    # Imported here because it needs torch, which the modules of the API do not load.
-    from oneplusn.adapters.files import read_adapter
-
-    return read_adapter(path, name=name)

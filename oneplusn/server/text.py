@@ -53,10 +53,13 @@ class Tokenizer:
         self.backend.no_padding()
         added = self.backend.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
+        self._special_ids = {self.backend.token_to_id(token) for token in special}
         self._spelled = _spelled(special)
         self._begun = {token[:end] for token in special for end in range(1, len(token))}
         self._longest = max(map(len, special), default=0)
-        ids = set(self.backend.get_vocab().values())
+        vocab = self.backend.get_vocab()
+        self._widest = max(map(len, vocab), default=1)
+        ids = set(vocab.values())
         self.backend.add_special_tokens([AddedToken(GUARD, special=True, normalized=False)])
         self._guard_id: int = self.backend.token_to_id(GUARD)
         if self._guard_id in ids:
@@ -67,25 +70,38 @@ class Tokenizer:
             raise ConfigError(msg)
 
     @property
+    def chat_template(self) -> str | None:
+        """The template of a conversation; None where there is none."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` works."""
         return self._tokenizer.chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a prompt, with the special tokens that the model's post-processor adds."""
-        return self._without_guards(self.backend.encode(self._guard_text(text)).ids)
+    def least_tokens(self, text: str) -> int:
+        """Return how many tokens a text has at least, without encoding it."""
+        return len(text) // self._widest
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Encode a prompt; `add_special` with what the model's post-processor adds to it."""
+        encoded = self.backend.encode(self._guard_text(text), add_special_tokens=add_special)
+        return self._without_guards(encoded.ids)
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        switches: Mapping[str, bool] | None = None,
     ) -> list[int]:
         """Encode a conversation by the model's chat template, ready for the next answer.
 
         Args:
             messages: OpenAI's messages, oldest first.
             tools: OpenAI's tool descriptions, for templates that show them.
+            switches: Further variables of the template.
 
         Raises:
             InvalidRequest: The model has no template, or the template rejects the messages.
@@ -99,16 +115,25 @@ class Tokenizer:
                 tools=self._guard(tools),
                 tokenize=False,
                 add_generation_prompt=True,
+                **(switches or {}),
             )
         except (TemplateError, TypeError, ValueError) as error:
             msg = f"the chat template rejects the messages: {error}"
             raise InvalidRequest(msg, param="messages") from error
         return self._without_guards(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode tokens, special ones left out."""
-        text: str = self.backend.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Decode tokens, special ones left out unless they are asked for."""
+        text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special)
         return text
+
+    def is_special(self, token_id: int) -> bool:
+        """Say whether a token is a mark rather than text."""
+        return token_id in self._special_ids
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Spell tokens as the vocabulary does; ids that it does not know are empty."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def _guard(self, value: Any) -> Any:  # noqa: ANN401  (any JSON value)
         """Copy a JSON value, with GUARD in every string that could make a special token."""
@@ -166,7 +191,12 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
     ) -> None:
         """Start an empty answer.
 
@@ -174,6 +204,7 @@ class TextStream:
             tokenizer: Decodes the tokens.
             stop: Strings that end the answer, none of them empty.
             include_stop: Give out the stop string as well.
+            skip_special: Leave special tokens out.
 
         Raises:
             InvalidRequest: A stop string is empty.
@@ -186,6 +217,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
+        self._skip_special = skip_special
         self._held = ""
         # The last tokens that made text, for the spaces of the next ones, and those since.
         self._context: list[int] = []
@@ -206,7 +238,7 @@ class TextStream:
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         self._context, self._pending = self._pending, []
-        self._context_text = self._tokenizer.decode(self._context)
+        self._context_text = self._decode(self._context)
         return self._give(text)
 
     def flush(self) -> str:
@@ -223,11 +255,14 @@ class TextStream:
 
     def _decode_pending(self) -> str:
         """Decode the pending tokens as they read after the context."""
-        text = self._tokenizer.decode(self._context + self._pending)
+        text = self._decode(self._context + self._pending)
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
         # Byte tokens that are no UTF-8 turn the valid ones before them into replacements, too.
-        return self._tokenizer.decode(self._pending)
+        return self._decode(self._pending)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special=self._skip_special)
 
     def _give(self, text: str) -> str:
         """Append decoded text; return what of it is certain, up to a stop string."""

@@ -63,6 +63,7 @@ async def receive_upload(request: Request, folder: Path, *, limit: int) -> Uploa
         raise InvalidRequest(f"the form is malformed: {error}") from None
     finally:
         sink.close()
+        request.app.state.server.metrics.count("registry_upload_bytes", received)
     if not sink.complete:
         raise InvalidRequest("the form ends before its closing boundary; send it again")
     return Upload(sink.fields, sink.files)

@@ -6,10 +6,12 @@ Around them all, `RequestContext` gives every answer its id, its line of log and
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -24,45 +26,58 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneplusn.errors import OneplusnError, RequestCancelled
-from oneplusn.server.errors import body_of, internal_error
-from oneplusn.server.logs import RequestRecord, log_request, milliseconds_since
+from oneplusn.server.errors import (
+    body_of,
+    http_error_response,
+    internal_error,
+    internal_error_body,
+)
+from oneplusn.server.logs import (
+    RequestRecord,
+    log_request,
+    milliseconds_since,
+    read_trace_id,
+)
 from oneplusn.server.metrics import Metrics
 
 T = TypeVar("T")
 
-_REQUEST_ID = re.compile(r"[\w.\-]{1,128}\Z", re.ASCII)
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 64 << 10
+
+# Larger bodies are parsed on a thread, so that other requests do not stall meanwhile.
+_INLINE_BYTES = 64 << 10
+
+_REQUEST_ID = re.compile(r"[\w-]{1,128}\Z", re.ASCII)
 _log = logging.getLogger("oneplusn.server")
 
 
 class JsonRequest(Request):
     """A request whose body is counted while it arrives, and is JSON by the letter.
 
-    NaN, Infinity, numbers beyond a double, lone surrogates and endless nesting are refused here,
-    so that no library behind ever sees them.
+    NaN, Infinity, numbers beyond a double, lone surrogates, a key that is given twice and endless
+    nesting are refused here, so that no library behind ever sees them.
     """
 
     async def body(self) -> bytes:
         """Read the body.
 
         Raises:
-            HTTPException: 413 as soon as the limit is passed, 415 for another media type.
+            HTTPException: 413 as soon as the limit is passed, 415 for another media type or a
+                compressed body.
         """
         if not hasattr(self, "_body"):
-            media_type = self.headers.get("content-type", "none").partition(";")[0].strip().lower()
-            if media_type != "application/json":
-                detail = f"content-type is {media_type[:60]!r}; send application/json"
-                raise HTTPException(415, detail)
+            self._check_form()
             limit = self.app.state.server.settings.max_body
             declared = self.headers.get("content-length", "")
             if declared.isdecimal() and int(declared) > limit:
                 raise _too_large(limit)
-            chunks, size = [], 0
+            received = bytearray()
             async for chunk in self.stream():
-                size += len(chunk)
-                if size > limit:
+                received += chunk
+                if len(received) > limit:
                     raise _too_large(limit)
-                chunks.append(chunk)
-            self._body = b"".join(chunks)
+            self._body = bytes(received)
         return self._body
 
     async def json(self) -> Any:  # noqa: ANN401  (any JSON value)
@@ -71,10 +86,23 @@ class JsonRequest(Request):
         Raises:
             HTTPException: 400 with the reason.
         """
+        body = await self.body()
         try:
-            return msgspec.json.decode(await self.body())
+            if len(body) <= _INLINE_BYTES:
+                return _parse(body)
+            return await asyncio.to_thread(_parse, body)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+    def _check_form(self) -> None:
+        media_type = self.headers.get("content-type", "none").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            detail = f"content-type is {media_type[:60]!r}; send application/json"
+            raise HTTPException(415, detail)
+        coding = self.headers.get("content-encoding", "identity").strip().lower()
+        if coding != "identity":
+            detail = f"content-encoding is {coding[:60]!r}; send the body as it is"
+            raise HTTPException(415, detail)
 
 
 class JsonRoute(APIRoute):
@@ -117,10 +145,10 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and note whether the client stayed to the end."""
-        record: RequestRecord = scope["state"]["record"]
-        record.disconnect = True
+        self._record: RequestRecord = scope["state"]["record"]
+        self._record.disconnect = True
         await super().__call__(scope, receive, send)
-        record.disconnect = not self._complete
+        self._record.disconnect = not self._complete
 
     async def stream_response(self, send: Send) -> None:
         """Send the events, and close the source however that ends."""
@@ -135,6 +163,10 @@ class EventStream(StreamingResponse):
                 yield _event(event)
         except OneplusnError as error:
             yield _event(body_of(error))
+        except Exception:
+            # The last resort within a stream: what began as a 200 must not end without a word.
+            _log_fault(self._record)
+            yield _event(internal_error_body())
         else:
             if self._done:
                 yield b"data: [DONE]\n\n"
@@ -188,6 +220,14 @@ def record_of(request: Request) -> RequestRecord:
     return record
 
 
+def adopt_request_id(request: Request, given: str | None) -> str:
+    """Return a request's id: that of its header, else that of its body, else the one made here."""
+    record = record_of(request)
+    if given is not None and _given_id(request.scope) is None:
+        record.request_id = given
+    return record.request_id
+
+
 class RequestContext:
     """Outermost middleware: request id, log line, request metrics, and the last resort for faults.
 
@@ -204,26 +244,26 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        record = RequestRecord(request_id, scope["method"])
+        trace_id = read_trace_id(_header(scope, b"traceparent"))
+        record = RequestRecord(_given_id(scope) or uuid.uuid4().hex, scope["method"], trace_id)
         scope.setdefault("state", {})["record"] = record
         start = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            problem = _header_problem(scope)
+            app = self._app if problem is None else http_error_response(scope, problem)
+            await app(scope, receive, send_with_id)
         except ClientDisconnect:
             record.disconnect = True
         except Exception:
             # The last resort: the client gets an answer in OpenAI's shape, the log the reason.
-            _log.exception("request %s failed", request_id)
-            record.code = "internal_error"
+            _log_fault(record)
             if record.status is None:
                 await internal_error()(scope, receive, send_with_id)
         finally:
@@ -233,11 +273,38 @@ class RequestContext:
     def _finish(self, scope: Scope, record: RequestRecord) -> None:
         route = scope.get("route")
         record.route = getattr(route, "path", record.route)
-        status = str(record.status or "none")
-        self._metrics.count("requests", route=record.route, status=status)
-        if record.disconnect:
-            self._metrics.count("client_disconnects")
+        self._metrics.observe_request(record)
         log_request(record)
+
+
+def _log_fault(record: RequestRecord) -> None:
+    """Log the exception that is being handled, under the request's id."""
+    _log.exception("request %s failed", record.request_id)
+    record.code = "internal_error"
+
+
+def _given_id(scope: Scope) -> str | None:
+    """Read the client's `x-request-id`, if it is one that a log and an answer can carry."""
+    given = _header(scope, b"x-request-id")
+    return given if _REQUEST_ID.match(given) else None
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """Return the last of the headers of a name; empty if there is none."""
+    value: bytes = dict(scope["headers"]).get(name, b"")
+    return value.decode("latin-1")
+
+
+def _header_problem(scope: Scope) -> HTTPException | None:
+    """Say what is wrong with the headers: too many, too large, or two lengths for one body."""
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        limits = f"{MAX_HEADERS} headers and {MAX_HEADER_BYTES} bytes"
+        return HTTPException(431, f"{len(headers)} headers of {size} bytes; {limits} are read")
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        return HTTPException(400, "the body has both a content-length and a transfer-encoding")
+    return None
 
 
 async def _first(source: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -252,6 +319,29 @@ async def _disconnected(request: Request) -> None:
 
 def _too_large(limit: int) -> HTTPException:
     return HTTPException(413, f"the body has more than {limit} bytes, the limit; send less at once")
+
+
+def _parse(body: bytes) -> Any:  # noqa: ANN401  (any JSON value)
+    """Parse JSON by the letter.
+
+    Raises:
+        MsgspecError, RecursionError, ValueError: It is none.
+    """
+    value = msgspec.json.decode(body)
+    json.loads(body, object_pairs_hook=_refuse_duplicates)
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
+    """Keep nothing of an object, once its keys are known to differ.
+
+    Raises:
+        ValueError: A key is there twice; two readers of the body would see two requests.
+    """
+    if len(dict(pairs)) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        msg = f"the key {twice[:60]!r} is given twice"
+        raise ValueError(msg)
 
 
 def _event(content: object) -> bytes:

@@ -80,6 +80,9 @@ class TestUpload:
         assert answer.status_code == 201
         assert answer.headers["x-oneplusn-adapter"] == "letters@1"
         body = answer.json()
+        report = body.pop("report")
+        assert report["unmatched"] == []
+        assert len(report["matched"]) == 1
         assert body.pop("created") > 0
         assert body.pop("bytes") > 0
         assert body == {
@@ -158,8 +161,11 @@ class TestUpload:
         upload(http, versions[0])
         upload(http, versions[0], name="others")
         scraped = http.get("/metrics").text
-        assert 'oneplusn_adapter_uploads_total{result="ok"} 1.0' in scraped
-        assert 'oneplusn_adapter_uploads_total{result="adapter_exists"} 1.0' in scraped
+        assert 'oneplusn_registry_uploads_total{result="kept",reason=""} 1.0' in scraped
+        assert (
+            'oneplusn_registry_uploads_total{result="refused",reason="adapter_exists"} 1.0'
+            in scraped
+        )
         assert "oneplusn_adapters_resident 2.0" in scraped
 
 
@@ -288,9 +294,9 @@ class TestRestart:
         assert version.label == "letters@2"
 
     def test_a_half_received_upload_is_cleared(self, data, tmp_path) -> None:
-        (data / "upload-abandoned").mkdir(parents=True)
+        (data / "incoming" / "abandoned").mkdir(parents=True)
         with serving(Settings(model="tiny-base", data=data), tmp_path / "model"):
-            assert files_in(data) == {"blobs", "lock"}
+            assert list((data / "incoming").iterdir()) == []
 
     def test_without_a_data_folder_nothing_stays(self, tmp_path, versions) -> None:
         settings = Settings(model="tiny-base", adapter={"letters": versions[0]})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import openai
@@ -19,6 +22,7 @@ import oneplusn
 from oneplusn import cli
 from oneplusn.adapters.files import write_bundle
 from oneplusn.demo.tokenizer import END_ID, build_tokenizer
+from server_processes import engine_of
 from serving import wait_until
 from tiny_engines import cluster
 from tiny_models import tiny_model
@@ -202,6 +206,61 @@ def test_a_new_version_answers_from_then_on(server, folders, expected) -> None:
 def upload(server: Process, folder: Path, name: str) -> httpx.Response:
     files = [("files", (path.name, path.read_bytes())) for path in folder.iterdir()]
     return server.http.post("/v1/adapters", data={"name": name}, files=files)
+
+
+class TestGivingUp:
+    """What ends early leaves nothing in the KV cache; to its end it would take 200 steps."""
+
+    LONG: ClassVar = {"max_new_tokens": 200, "ignore_eos": True}
+
+    @staticmethod
+    def in_use(server: Process) -> list[float]:
+        scraped = server.http.get("/metrics").text
+        gauges = re.findall(
+            r"^oneplusn_(?:num_requests_running|kv_cache_usage_ratio) (.*)$", scraped, re.MULTILINE
+        )
+        return [float(value) for value in gauges]
+
+    @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+    def test_a_client_that_leaves_frees_its_blocks(self, server, path) -> None:
+        asked = {"task": "down", "inputs": "one two", "parameters": self.LONG}
+        request = server.http.build_request("POST", path, json=asked)
+        lines = [f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in request.headers.items())]
+        host, port = server.http.base_url.host, server.http.base_url.port
+        with socket.create_connection((host, port)) as client:
+            client.sendall("\r\n".join([*lines, "", ""]).encode() + request.content)
+            wait_until(lambda: self.in_use(server)[:1] == [1])
+        wait_until(lambda: self.in_use(server) == [0, 0])
+
+    def test_a_deadline_does_too(self, server) -> None:
+        asked = {"model": "down", "prompt": "one two", "max_tokens": 200, "ignore_eos": True}
+        answer = server.http.post("/v1/completions", json={**asked, "timeout": 0.02})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        wait_until(lambda: self.in_use(server) == [0, 0])
+
+
+def test_adapters_answer_as_before_after_the_engine_was_killed(server, expected) -> None:
+    asked = body(PROMPTS, TASKS)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(server.http.post, "/generate", json=asked) for _ in range(8)]
+        os.kill(engine_of(server.popen.pid), signal.SIGKILL)
+        ends = [(answer.result().status_code, answer.result().json()) for answer in answers]
+    for status, content in ends:
+        if status == 200:
+            assert [item["generated_text"] for item in content] == expected
+        else:
+            assert (status, content["error"]["code"]) == (503, "engine_dead")
+
+    wait_until(lambda: server.http.get("/health/ready").status_code == 200, seconds=60)
+
+    content = server.http.post("/generate", json=asked).json()
+    assert [item["generated_text"] for item in content] == expected
+    assert [item["adapter"] for item in content] == [
+        "pair@1",
+        None,
+        "single@1",
+        "pair@1,single@1",
+    ]
 
 
 def test_the_command_line_answers_the_same(folders, expected, capsys) -> None:

@@ -8,7 +8,12 @@ import time
 
 import pytest
 
-from oneplusn.server.logs import RequestRecord, configure_logging, log_request
+from oneplusn.server.logs import (
+    RequestRecord,
+    configure_logging,
+    log_request,
+    read_trace_id,
+)
 from oneplusn.server.settings import Settings
 from serving import wait_until
 
@@ -107,3 +112,38 @@ def test_a_refused_request_leaves_its_code(http, caplog) -> None:
         http.post("/generate", json={"task": "nope", "inputs": "x"})
         wait_until(lambda: bool(caplog.records))
     assert caplog.records[0].fields["code"] == "model_not_found"
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        (f"00-{TRACE}-00f067aa0ba902b7-01", TRACE),
+        (f"cc-{TRACE}-00f067aa0ba902b7-01-later", TRACE),
+        (f"00-{TRACE}-00f067aa0ba902b7-01x", None),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
+        (f"00-{TRACE.upper()}-00f067aa0ba902b7-01", None),
+        ("", None),
+    ],
+    ids=["version-0", "later-version", "longer", "no-trace", "upper-case", "absent"],
+)
+def test_a_trace_is_read_as_the_standard_says(header, found) -> None:
+    assert read_trace_id(header) == found
+
+
+def test_a_request_of_a_trace_leaves_its_id(http, caplog) -> None:
+    headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
+    with caplog.at_level(logging.INFO, logger="oneplusn.access"):
+        http.get("/v1/models", headers=headers)
+        wait_until(lambda: bool(caplog.records))
+    assert caplog.records[0].fields["trace_id"] == TRACE
+
+
+def test_a_line_says_how_long_a_request_waited(written, capsys) -> None:
+    written(log_format="text")
+    waited = record()
+    waited.queue_ms = 3.21
+    log_request(waited)
+    assert " queue_ms=3.2 " in capsys.readouterr().err

@@ -87,6 +87,15 @@ class TestChat:
         answer = client.chat.completions.create(model="add", messages=USER, stop=[":", "?"])
         assert answer.choices[0].message.content == "ADD*1"
         assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].model_extra["stop_reason"] == ":"
+
+    def test_an_end_token_is_no_stop_reason(self, client) -> None:
+        answer = client.chat.completions.create(model="add", messages=USER)
+        assert answer.choices[0].model_extra["stop_reason"] is None
+        stops = {"stop_token_ids": [ord(":")]}
+        answer = client.chat.completions.create(model="add", messages=USER, extra_body=stops)
+        assert answer.choices[0].message.content == "ADD*1"
+        assert answer.choices[0].model_extra["stop_reason"] == ord(":")
 
     def test_the_limit_ends_the_answer(self, client) -> None:
         answer = client.chat.completions.create(model="add", messages=USER, max_tokens=3)
@@ -107,6 +116,19 @@ class TestChat:
         assert chunks[-1].usage.completion_tokens == 11
         assert all(chunk.usage is None for chunk in chunks[:-1])
         assert len({chunk.id for chunk in chunks}) == 1
+
+    def test_a_stream_with_usage_all_along(self, client) -> None:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        with client.chat.completions.create(
+            model="upper", messages=USER, stream=True, stream_options=options
+        ) as stream:
+            chunks = list(stream)
+
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        assert counts[0] == 1
+        assert counts == sorted(counts)
+        assert counts[-1] == 11
+        assert all(chunk.usage.prompt_tokens == 3 for chunk in chunks)
 
     def test_a_stream_of_several_choices(self, client) -> None:
         with client.chat.completions.create(
@@ -162,11 +184,81 @@ class TestCompletions:
         ) as stream:
             chunks = list(stream)
 
+        assert chunks[0].object == "text_completion"
         texts = {0: "", 1: ""}
         for chunk in chunks[:-1]:
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert texts == {0: "1ADD*1:1", 1: "2ADD*1:2"}
         assert chunks[-1].usage.prompt_tokens == 4
+
+    def test_offsets_in_a_stream_go_on(self, client) -> None:
+        with client.completions.create(
+            model=MODEL, prompt="abc", stream=True, logprobs=0
+        ) as stream:
+            offsets = [chunk.choices[0].logprobs.text_offset for chunk in stream]
+        assert offsets == [[0], [1], [2], [3]]
+
+
+class TestExtension:
+    def test_a_blend(self, client) -> None:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=USER, extra_body={"oneplusn": {"blend": {"add": 2, "upper": 0.5}}}
+        )
+        assert answer.choices[0].message.content == "ADD*2+UPPER*0.5:hi"
+        assert answer.model_extra["oneplusn"] == {
+            "task": {"add": 2, "upper": 0.5},
+            "adapter": "sums@1,letters@1",
+        }
+
+    def test_versions_with_their_digests(self, client, live) -> None:
+        asked = {"oneplusn": {"return_version": True}}
+        answer = client.completions.create(model="add", prompt="1", extra_body=asked)
+        (version,) = live.server.registry.versions("sums")
+        assert answer.model_extra["oneplusn"]["versions"] == [
+            {"adapter": "sums", "version": 1, "digest": version.digest}
+        ]
+
+    def test_gates_in_a_stream_are_told_once(self, client) -> None:
+        asked = {"oneplusn": {"return_gates": True}}
+        with client.chat.completions.create(
+            model="upper", messages=USER, stream=True, extra_body=asked
+        ) as stream:
+            told = [chunk.model_extra["oneplusn"] for chunk in stream]
+
+        (gates,) = told[0]["gates"]
+        assert (gates["task"], gates["adapter"], gates["weight"]) == ("upper", "letters@1", 1)
+        assert gates["experts"] == ["shared", "own-upper"]
+        assert gates["modules"] == {"model.layers.0.self_attn.q_proj": [0.5, 1.0]}
+        assert all("gates" not in later for later in told[1:])
+
+    def test_a_request_id_of_the_body(self, client) -> None:
+        answer = client.completions.create(model="add", prompt="1", extra_body={"request_id": "a1"})
+        assert answer.id == "cmpl-a1"
+        raw = client.completions.with_raw_response.create(
+            model="add", prompt="1", extra_body={"request_id": "a1"}
+        )
+        assert raw.headers["x-request-id"] == "a1"
+
+    def test_the_headers_id_comes_first(self, client) -> None:
+        raw = client.completions.with_raw_response.create(
+            model="add",
+            prompt="1",
+            extra_body={"request_id": "a1"},
+            extra_headers={"x-request-id": "h1"},
+        )
+        assert raw.headers["x-request-id"] == "h1"
+        assert raw.parse().id == "cmpl-h1"
+
+    def test_the_cache_can_be_kept_apart(self, client, live) -> None:
+        client.completions.create(model="add", prompt="1", extra_body={"cache_salt": "mine"})
+        assert live.core.submitted[-1].salt == "default:mine"
+
+    def test_a_blend_goes_with_the_base(self, client) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(
+                model="add", prompt="1", extra_body={"oneplusn": {"blend": {"upper": 1}}}
+            )
+        assert caught.value.param == "oneplusn.blend"
 
 
 class TestModels:
@@ -209,11 +301,18 @@ REFUSED = [
         id="task",
     ),
     pytest.param(
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
         openai.BadRequestError,
         "invalid_value",
         "response_format.type",
         id="format",
+    ),
+    pytest.param(
+        {"extra_body": {"oneplusn": {"blend": {"nope": 1}}, "model": MODEL}},
+        openai.NotFoundError,
+        "model_not_found",
+        "oneplusn.blend",
+        id="blend",
     ),
     pytest.param(
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
@@ -246,6 +345,16 @@ def test_a_failure_within_a_stream_is_raised(client) -> None:
     prompt = [{"role": "user", "content": "fail"}]
     with pytest.raises(openai.InternalServerError):
         client.chat.completions.create(model=MODEL, messages=prompt, stream=True)
+
+
+def test_a_deadline_that_passes(live) -> None:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="unused") as client:
+        endless = [{"role": "user", "content": "endless"}]
+        body = {"ignore_eos": True, "timeout": 0.05}
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model=MODEL, messages=endless, extra_body=body)
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    assert caught.value.response.headers["x-should-retry"] == "false"
 
 
 def test_task_may_repeat_the_model(client) -> None:

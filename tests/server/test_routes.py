@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import httpx
 import pytest
 
+from oneplusn.server.text import TextStream
 from serving import CONTEXT
 
 MODEL = "tiny-base"
@@ -42,10 +44,12 @@ class TestGenerate:
         details = body["details"]
         assert isinstance(details.pop("seed"), int)
         assert details == {
-            "finish_reason": "stop",
+            "finish_reason": "eos_token",
             "prompt_tokens": 3,
             "generated_tokens": 11,
             "cached_tokens": 0,
+            "prefill": [],
+            "tokens": [],
         }
 
     @pytest.mark.parametrize("task", [None, MODEL])
@@ -112,17 +116,62 @@ class TestGenerate:
         answer = post(http, "/generate", body_of("hello", parameters))
 
         assert answer.json()["generated_text"] == "hello" + "hello"
-        assert answer.json()["details"]["finish_reason"] == "stop"
+        assert answer.json()["details"]["finish_reason"] == "stop_sequence"
         assert live.core.cancelled_once.wait(10)
+
+    def test_a_stop_string_or_token_can_be_kept(self, http) -> None:
+        kept = {"include_stop_str_in_output": True}
+        text = post(http, "/generate", body_of("hello", {"stop": ["ll"], **kept}))
+        token = post(http, "/generate", body_of("hello", {"stop_token_ids": [ord("l")], **kept}))
+        plain = post(http, "/generate", body_of("hello", {"stop_token_ids": [ord("l")]}))
+
+        assert text.json()["generated_text"] == "hell"
+        assert token.json()["generated_text"] == "hel"
+        assert plain.json()["generated_text"] == "he"
+        assert plain.json()["details"]["finish_reason"] == "stop_sequence"
+
+    def test_special_tokens_can_be_shown(self, http) -> None:
+        shown = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+        answer = post(http, "/generate", body_of("hi", shown))
+        assert answer.json()["generated_text"] == "hi<|end|>"
+
+    @pytest.mark.parametrize(
+        ("parameters", "temperature"),
+        [
+            ({}, 0.0),
+            ({"do_sample": False}, 0.0),
+            ({"do_sample": True}, 1.0),
+            ({"top_p": 0.9}, 1.0),
+            ({"top_k": 5, "temperature": 0.3}, 0.3),
+        ],
+    )
+    def test_it_samples_where_that_is_asked_for(self, http, live, parameters, temperature) -> None:
+        post(http, "/generate", body_of("hi", parameters))
+        assert live.core.submitted[-1].sampling.temperature == temperature
+
+    def test_a_prompt_is_truncated_from_the_left(self, http) -> None:
+        # The last token is the one that the tokenizer puts behind every prompt.
+        answer = post(http, "/generate", body_of("abcdef", {"truncate": 3}))
+        assert answer.json()["generated_text"] == "ef"
+
+    def test_a_request_has_a_deadline(self, http, live) -> None:
+        post(http, "/generate", body_of("hi", {"timeout": 2.5}))
+        assert 2 < live.core.submitted[-1].timeout <= 2.5
 
     def test_details_list_the_tokens(self, http) -> None:
         parameters = {"details": True, "top_n_tokens": 2}
 
-        tokens = post(http, "/generate", body_of("ab", parameters)).json()["details"]["tokens"]
+        details = post(http, "/generate", body_of("ab", parameters)).json()["details"]
 
-        top = [{"id": 97, "text": "a", "logprob": -98.0}, {"id": 98, "text": "b", "logprob": -99.0}]
-        assert tokens[0] == {"id": 97, "text": "a", "logprob": -0.5, "top": top}
-        assert [token["text"] for token in tokens] == ["a", "b", ""]
+        tokens = details["tokens"]
+        assert len(details["top_tokens"]) == 3
+        assert [(top["text"], top["logprob"]) for top in details["top_tokens"][0]] == [
+            ("a", -98.0),
+            ("b", -99.0),
+        ]
+        assert tokens[0] == {"id": 97, "text": "a", "logprob": -0.5, "special": False}
+        assert [token["text"] for token in tokens] == ["a", "b", "<|end|>"]
+        assert [token["special"] for token in tokens] == [False, False, True]
 
     def test_cached_tokens_are_counted(self, http) -> None:
         details = post(http, "/generate", body_of("x" * 40)).json()["details"]
@@ -139,7 +188,7 @@ class TestGenerate:
         assert [event["index"] for event in events] == list(range(len(events)))
         assert "".join(event["token"]["text"] for event in events) == "ADD*1:1"
         assert [event["generated_text"] for event in events] == [None] * 7 + ["ADD*1:1"]
-        assert events[-1]["details"]["finish_reason"] == "stop"
+        assert events[-1]["details"]["finish_reason"] == "eos_token"
         assert answer.headers["x-oneplusn-adapter"] == "sums@1"
 
     def test_a_failed_request_is_an_error(self, http) -> None:
@@ -153,12 +202,44 @@ class TestGenerate:
         assert error_of(answer)["type"] == "server_error"
 
 
+def test_a_fault_of_ours_within_a_stream_is_told(http, monkeypatch) -> None:
+    push = TextStream.push
+    pushed = list[int]()
+
+    def break_at_the_second(self: TextStream, token: int) -> str:
+        pushed.append(token)
+        if len(pushed) == 2:
+            raise RuntimeError("scripted fault")
+        return push(self, token)
+
+    monkeypatch.setattr(TextStream, "push", break_at_the_second)
+    monkeypatch.setattr(logging.getLogger("oneplusn.server"), "disabled", True)
+    answer = post(http, "/generate_stream", body_of("hello"))
+    first, last = events_of(answer)
+    assert first["token"]["text"] == "h"
+    assert last["error"]["code"] == "internal_error"
+    assert "scripted" not in answer.text
+
+
 def body_of(text: str, parameters: dict[str, object] | None = None) -> dict[str, object]:
     return {"task": None, "inputs": text, "parameters": parameters}
 
 
 BAD_BODIES = [
-    pytest.param({"inputs": "x"}, 400, "missing_field", "task", id="no-task"),
+    pytest.param({"task": "", "inputs": "x"}, 404, "model_not_found", "task", id="empty-task"),
+    pytest.param(
+        {"inputs": "x", "model": "add"}, 400, "unsupported_field", "model", id="model-for-task"
+    ),
+    pytest.param(
+        {"inputs": "x", "lora_path": "add"}, 400, "unsupported_field", "lora_path", id="lora-path"
+    ),
+    pytest.param(
+        {"inputs": "x", "parameters": {"task": "add"}},
+        400,
+        "unsupported_field",
+        "parameters.task",
+        id="task-in-parameters",
+    ),
     pytest.param({"task": "add"}, 400, "missing_field", "inputs", id="no-inputs"),
     pytest.param({"task": "nope", "inputs": "x"}, 404, "model_not_found", "task", id="unknown"),
     pytest.param(
@@ -220,6 +301,10 @@ BAD_PARAMETERS = {
     "logit_bias": [{"1": 101}, {str(token): 1 for token in range(301)}, {"a": 1}],
     "stop_token_ids": [[-1], ["a"]],
     "details": ["yes"],
+    "timeout": [0, -1, 1e9],
+    "truncate": [0],
+    "best_of": [2],
+    "top_n_tokens": [21],
 }
 
 
@@ -248,6 +333,8 @@ RAW_BODIES = [
     pytest.param(b'{"task": null, "inputs": "\xff"}', 400, id="no-utf8"),
     pytest.param(b"[" * 100_000, 400, id="nested"),
     pytest.param(b'{"a": ' + b"1" * 10_000 + b"}", 400, id="long-number"),
+    pytest.param(b'{"task": null, "inputs": "x", "inputs": "y"}', 400, id="duplicate-key"),
+    pytest.param(b'\xef\xbb\xbf{"task": null, "inputs": "x"}', 400, id="byte-order-mark"),
     pytest.param(b'{"inputs": "' + b"x" * (8 << 20) + b'"}', 413, id="too-large"),
 ]
 
@@ -295,12 +382,13 @@ class TestRequestId:
         assert len(ids) == 3
 
     def test_the_clients_is_kept(self, http) -> None:
-        answer = http.get("/health", headers={"x-request-id": "my-id.1"})
-        assert answer.headers["x-request-id"] == "my-id.1"
+        answer = http.get("/health", headers={"x-request-id": "my-id_1"})
+        assert answer.headers["x-request-id"] == "my-id_1"
 
-    def test_a_strange_one_is_replaced(self, http) -> None:
-        answer = http.get("/health", headers={"x-request-id": "a b"})
-        assert answer.headers["x-request-id"] != "a b"
+    @pytest.mark.parametrize("given", ["a b", "a.b", "", "x" * 129, "a\x1b[2J", "a,b"])
+    def test_a_strange_one_is_replaced(self, http, given) -> None:
+        answer = http.get("/health", headers={"x-request-id": given})
+        assert answer.headers["x-request-id"] != given
 
 
 class TestModels:
@@ -333,16 +421,15 @@ def test_tasks_name_their_cluster_and_version(http) -> None:
         "version": 1,
         "method": "cgc",
         "description": "the first",
+        "defaults": {},
+        "blend": None,
     }
     assert (second["name"], second["description"]) == ("upper", "adapter number 0")
     assert (third["name"], third["cluster"], third["method"]) == ("add", "sums", "lora")
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/health/live", "/health/ready", "/health/startup", "/ping"]
+)
 def test_health(http, path) -> None:
     assert http.get(path).status_code == 200
-
-
-def test_the_document_lists_every_route(http, live) -> None:
-    paths = http.get("/openapi.json").json()["paths"]
-    assert {"/generate", "/v1/chat/completions", "/v1/adapters", "/health/live"} <= paths.keys()

@@ -3,99 +3,151 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from oneplusn.server.inference import Batch, Inference, Job
+from oneplusn.server.batches import Batch
+from oneplusn.server.inference import Job
 from oneplusn.server.messages import TokenOutput
-from oneplusn.server.routes.common import ServerDep, extension, finite, headers, note, seeds, usage
-from oneplusn.server.schemas import ChatRequest
+from oneplusn.server.routes.common import (
+    FINGERPRINT,
+    INFERS,
+    STREAMS,
+    PrincipalDep,
+    ServerDep,
+    asked,
+    extension,
+    finite,
+    full_extension,
+    headers,
+    note,
+    open_batch,
+    seeds,
+    usage,
+)
+from oneplusn.server.routes.tool_answers import (
+    AnswerStream,
+    finish_reason,
+    message,
+    prove_grammar,
+    tool_plan,
+    with_marks,
+)
+from oneplusn.server.schemas_openai import ChatRequest
+from oneplusn.server.state import Server
 from oneplusn.server.text import Tokenizer
+from oneplusn.server.toolspecs import ToolPlan
 from oneplusn.server.web import JsonRoute, stream_events, until_disconnect
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"])
 
 
-@router.post("/v1/chat/completions")
-async def chat_completions(request: Request, body: ChatRequest, server: ServerDep) -> Response:
+@router.post("/v1/chat/completions", responses={**INFERS, **STREAMS})
+async def chat_completions(
+    request: Request, body: ChatRequest, server: ServerDep, who: PrincipalDep
+) -> Response:
     """Answer a conversation."""
-    inference = server.inference
-    batch = Batch(inference, await _jobs(inference, body))
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    tokenizer = server.inference.tokenizer
+    plan = tool_plan(server, body)
+    batch = open_batch(request, server, who, await _jobs(server, body, plan), body)
+    head = {
+        "id": f"chatcmpl-{batch.request_id}",
+        "created": int(time.time()),
+        "model": body.model,
+        "system_fingerprint": FINGERPRINT,
+    }
     if body.stream:
-        events = _events(request, inference, body, batch, head)
+        events = _events(request, server, body, plan, batch, head)
         return await stream_events(
             request, events, done=True, headers=lambda: headers(batch.targets)
         )
     await until_disconnect(request, batch.run())
     note(request, batch.generations)
+    messages = [message(plan, generation.text) for generation in batch.generations]
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": generation.text, "refusal": None},
-            "logprobs": _logprobs(inference.tokenizer, body, generation.outputs),
-            "finish_reason": generation.finish_reason,
+            "message": answer,
+            "logprobs": _logprobs(tokenizer, body, generation.outputs),
+            "finish_reason": finish_reason(
+                generation.finish_reason, has_calls="tool_calls" in answer
+            ),
+            "stop_reason": generation.stop_reason,
         }
-        for index, generation in enumerate(batch.generations)
+        for index, (answer, generation) in enumerate(zip(messages, batch.generations, strict=True))
     ]
     content = {
         **head,
         "object": "chat.completion",
         "choices": choices,
         "usage": usage(batch.generations, choices=body.n),
-        "oneplusn": extension(batch.targets[0]),
+        "oneplusn": await full_extension(server, batch.targets[0], body.oneplusn),
     }
     return JSONResponse(content, headers=headers(batch.targets))
 
 
-async def _jobs(inference: Inference, body: ChatRequest) -> list[Job]:
+async def _jobs(server: Server, body: ChatRequest, plan: ToolPlan | None) -> list[Job]:
     """Build one job per choice."""
-    messages = [{"role": _role(m.role), "content": m.text} for m in body.messages]
-    tokens = await inference.encode_chat(messages)
-    asked = body.max_completion_tokens or body.max_tokens
-    room = inference.room(tokens, asked, param="messages")
-    samplings = [
-        body.sampling(
-            max_tokens=room,
-            temperature=body.temperature,
-            seed=seed,
-            logprobs=body.num_logprobs,
+    messages = [message.for_template() for message in body.messages]
+    switches = {name: value is True for name, value in body.chat_template_kwargs.items()}
+    tools = None if plan is None else plan.shown
+    tokens = await server.inference.encode_chat(messages, tools=tools, switches=switches)
+    grammar = await prove_grammar(server, body, plan)
+    what = asked(body, server.settings.base_name)
+    wanted = with_marks(server, body, plan)
+    return [
+        Job(
+            what,
+            tokens,
+            wanted,
+            body.limit,
+            seed,
+            body.num_logprobs,
+            grammar,
+            alias=True,
+            task_param="model" if isinstance(what, str) else "oneplusn.blend",
+            prompt_param="messages",
         )
         for seed in seeds(body.seed, body.n)
     ]
-    return [Job(body.model, tokens, sampling, tuple(body.stop)) for sampling in samplings]
 
 
 async def _events(
     request: Request,
-    inference: Inference,
+    server: Server,
     body: ChatRequest,
+    plan: ToolPlan | None,
     batch: Batch,
     head: dict[str, Any],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    begun = set[int]()
+    tokenizer = server.inference.tokenizer
+    begun: dict[int, AnswerStream] = {}
     with batch:
-        head = {
-            **head,
-            "object": "chat.completion.chunk",
-            "oneplusn": extension(batch.targets[0]),
-            **({"usage": None} if body.include_usage else {}),
-        }
+        target = batch.targets[0]
+        head |= {"object": "chat.completion.chunk", "oneplusn": extension(target)}
+        opening = await full_extension(server, target, body.oneplusn)
         try:
             async for index, delta in batch.deltas():
+                if body.include_usage:
+                    now = usage(batch.generations, choices=body.n)
+                    head["usage"] = now if body.continuous_usage else None
                 if index not in begun:
-                    begun.add(index)
-                    yield {**head, "choices": [_chunk(index, {"role": "assistant", "content": ""})]}
-                logprobs = _logprobs(inference.tokenizer, body, [delta.output])
-                if delta.text or logprobs:
-                    content = {"content": delta.text}
-                    yield {**head, "choices": [_chunk(index, content, logprobs=logprobs)]}
-                if delta.finish_reason is not None:
-                    yield {**head, "choices": [_chunk(index, {}, finish=delta.finish_reason)]}
+                    chunk = _chunk(index, {"role": "assistant", "content": ""})
+                    yield {**head, "choices": [chunk], **({} if begun else {"oneplusn": opening})}
+                    begun[index] = AnswerStream(plan)
+                answer, reason = begun[index], delta.finish_reason
+                logprobs = _logprobs(tokenizer, body, [delta.output])
+                changes = answer.push(delta.text, is_last=reason is not None)
+                for change in changes or ([{"content": ""}] if logprobs else []):
+                    yield {**head, "choices": [_chunk(index, change, logprobs=logprobs)]}
+                    logprobs = None
+                if reason is not None:
+                    reason = finish_reason(reason, has_calls=answer.has_calls)
+                    stop = batch.generations[index].stop_reason
+                    yield {**head, "choices": [_last_chunk(index, reason, stop)]}
             if body.include_usage:
                 counts = usage(batch.generations, choices=body.n)
                 yield {**head, "choices": [], "usage": counts}
@@ -104,18 +156,13 @@ async def _events(
 
 
 def _chunk(
-    index: int,
-    delta: dict[str, str],
-    *,
-    logprobs: dict[str, Any] | None = None,
-    finish: str | None = None,
+    index: int, delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
-def _role(role: str) -> str:
-    """Name a role as chat templates know it."""
-    return "system" if role == "developer" else role
+def _last_chunk(index: int, finish: str | None, stop: str | int | None) -> dict[str, Any]:
+    return {**_chunk(index, {}), "finish_reason": finish, "stop_reason": stop}
 
 
 def _logprobs(

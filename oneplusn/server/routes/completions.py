@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -11,31 +10,53 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from oneplusn.server.inference import Batch, Inference, Job
+from oneplusn.server.batches import Batch
+from oneplusn.server.inference import Inference, Job
 from oneplusn.server.messages import TokenOutput
-from oneplusn.server.routes.common import ServerDep, extension, finite, headers, note, seeds, usage
-from oneplusn.server.schemas import CompletionRequest
+from oneplusn.server.routes.common import (
+    FINGERPRINT,
+    INFERS,
+    STREAMS,
+    PrincipalDep,
+    ServerDep,
+    asked,
+    extension,
+    finite,
+    full_extension,
+    headers,
+    note,
+    open_batch,
+    seeds,
+    usage,
+)
+from oneplusn.server.schemas_openai import CompletionRequest
+from oneplusn.server.state import Server
 from oneplusn.server.text import Tokenizer
 from oneplusn.server.web import JsonRoute, stream_events, until_disconnect
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"])
 
 
-@router.post("/v1/completions")
-async def completions(request: Request, body: CompletionRequest, server: ServerDep) -> Response:
+@router.post("/v1/completions", responses={**INFERS, **STREAMS})
+async def completions(
+    request: Request, body: CompletionRequest, server: ServerDep, who: PrincipalDep
+) -> Response:
     """Continue one prompt, or several in one batch."""
     inference = server.inference
-    prompts = [await _encode(inference, prompt) for prompt in body.prompts]
-    batch = Batch(inference, _jobs(inference, body, prompts))
+    prompts = [await _encode(inference, body, prompt) for prompt in body.prompts]
+    spec = body.grammar
+    grammar = None if spec is None else await server.grammars.prove(spec)
+    batch = open_batch(request, server, who, _jobs(server, body, prompts, grammar), body)
     echoes = _echoes(inference, body, prompts)
     head = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
+        "id": f"cmpl-{batch.request_id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": body.model,
+        "system_fingerprint": FINGERPRINT,
     }
     if body.stream:
-        events = _events(request, inference, body, batch, head, echoes)
+        events = _events(request, server, body, batch, head, echoes)
         return await stream_events(
             request, events, done=True, headers=lambda: headers(batch.targets)
         )
@@ -47,6 +68,7 @@ async def completions(request: Request, body: CompletionRequest, server: ServerD
             "text": echo + generation.text,
             "logprobs": _logprobs(inference.tokenizer, body, generation.outputs),
             "finish_reason": generation.finish_reason,
+            "stop_reason": generation.stop_reason,
         }
         for index, (echo, generation) in enumerate(zip(echoes, batch.generations, strict=True))
     ]
@@ -54,58 +76,71 @@ async def completions(request: Request, body: CompletionRequest, server: ServerD
         **head,
         "choices": choices,
         "usage": usage(batch.generations, choices=body.n),
-        "oneplusn": extension(batch.targets[0]),
+        "oneplusn": await full_extension(server, batch.targets[0], body.oneplusn),
     }
     return JSONResponse(content, headers=headers(batch.targets))
 
 
-async def _encode(inference: Inference, prompt: str | list[int]) -> list[int]:
-    return await inference.encode(prompt) if isinstance(prompt, str) else prompt
+async def _encode(
+    inference: Inference, body: CompletionRequest, prompt: str | list[int]
+) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    return await inference.encode(prompt, param="prompt", add_special=body.add_special_tokens)
 
 
-def _jobs(inference: Inference, body: CompletionRequest, prompts: list[list[int]]) -> list[Job]:
+def _jobs(
+    server: Server, body: CompletionRequest, prompts: list[list[int]], grammar: str | None
+) -> list[Job]:
     """Build `n` jobs per prompt, a prompt's own ones side by side."""
     choices = seeds(body.seed, body.n)
-    rooms = [inference.room(tokens, body.max_tokens, param="prompt") for tokens in prompts]
+    what = asked(body, server.settings.base_name)
     return [
         Job(
-            body.model,
+            what,
             tokens,
-            body.sampling(
-                max_tokens=room,
-                temperature=body.temperature,
-                seed=seed,
-                logprobs=body.logprobs,
-            ),
-            tuple(body.stop),
+            body,
+            body.max_tokens,
+            seed,
+            body.logprobs,
+            grammar,
+            alias=True,
+            task_param="model" if isinstance(what, str) else "oneplusn.blend",
         )
-        for tokens, room in zip(prompts, rooms, strict=True)
+        for tokens in prompts
         for seed in choices
     ]
 
 
 async def _events(
     request: Request,
-    inference: Inference,
+    server: Server,
     body: CompletionRequest,
     batch: Batch,
     head: dict[str, Any],
     echoes: list[str],
 ) -> AsyncGenerator[dict[str, Any], None]:
+    tokenizer = server.inference.tokenizer
     with batch:
-        head = {
-            **head,
-            "oneplusn": extension(batch.targets[0]),
-            **({"usage": None} if body.include_usage else {}),
-        }
+        target = batch.targets[0]
+        head["oneplusn"] = await full_extension(server, target, body.oneplusn)
         unsent = dict(enumerate(echoes))
+        offsets = dict.fromkeys(unsent, 0)
         try:
             async for index, delta in batch.deltas():
+                if body.include_usage:
+                    now = usage(batch.generations, choices=body.n)
+                    head["usage"] = now if body.continuous_usage else None
                 text = unsent.pop(index, "") + delta.text
-                logprobs = _logprobs(inference.tokenizer, body, [delta.output])
+                logprobs = _logprobs(tokenizer, body, [delta.output], offsets[index])
+                if logprobs:
+                    offsets[index] += sum(map(len, logprobs["tokens"]))
                 if text or logprobs or delta.finish_reason:
                     choice = _choice(index, text, logprobs, delta.finish_reason)
+                    if delta.finish_reason is not None:
+                        choice["stop_reason"] = batch.generations[index].stop_reason
                     yield {**head, "choices": [choice]}
+                    head["oneplusn"] = extension(target)
             if body.include_usage:
                 counts = usage(batch.generations, choices=body.n)
                 yield {**head, "choices": [], "usage": counts}
@@ -133,9 +168,12 @@ def _echoes(
 
 
 def _logprobs(
-    tokenizer: Tokenizer, body: CompletionRequest, outputs: Sequence[TokenOutput]
+    tokenizer: Tokenizer, body: CompletionRequest, outputs: Sequence[TokenOutput], offset: int = 0
 ) -> dict[str, Any] | None:
-    """List tokens with their log-probabilities, if they were asked for."""
+    """List tokens with their log-probabilities, if they were asked for.
+
+    `offset` is where the first of them begins in the answer.
+    """
     if body.logprobs is None:
         return None
     known = [output for output in outputs if output.token is not None]
@@ -147,5 +185,5 @@ def _logprobs(
             {tokenizer.decode([token]): finite(logprob) for token, logprob in output.top or []}
             for output in known
         ],
-        "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
+        "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
     }
