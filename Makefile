@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test check fmt lint types bench other-triton kernel-report gpu-smoke clean
+.PHONY: help install serve demo test check fmt lint types bench bench-swap other-triton kernel-report gpu-smoke container-steps clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,12 @@ types: $(STAMP) ## mypy in strict mode
 
 bench: $(STAMP) ## measure throughput and latency, and print where
 	$(BIN)/python -m oneplusn.loadtest.bench
+
+bench-swap: $(STAMP) ## flip an adapter's versions under load, and print what it cost the others
+	$(BIN)/python -m oneplusn.loadtest.swap $(ARGS)
+
+container-steps: $(STAMP) ## run the steps of the CPU image in a clean folder (minutes)
+	$(BIN)/pytest -m slow tests/test_containers.py
 
 other-triton: $(OTHER_TRITON) ## the oldest Triton, for the kernel report and its test
 
