@@ -33,8 +33,7 @@ class Limit(NamedTuple):
 
 
 # Blocks of a multiprocessor share 65,536 registers, which are handed out in eights per thread.
-DECODE = Limit(168, "three blocks of 4 warps: one waits, one loads, one multiplies")
-PREFILL = Limit(255, "two blocks of 4 warps, and no more registers have names")
+ONE_LAUNCH = Limit(168, "three blocks of 4 warps: one waits, one loads, one multiplies")
 SHRINK = Limit(128, "four blocks of 4 warps: their copies together keep the memory busy")
 EXPAND = Limit(96, "five blocks of 4 warps: it streams B and computes little")
 PLAN = Limit(64, "one block with nothing beside it: more would mean a table kept in registers")
@@ -140,7 +139,7 @@ def _one_launch(spec: SiteSpec, rows: int, capability: int, *, adds: bool = True
         f"{step} {spec.name}{'' if adds else ', delta alone'}",
         triton_delta.delta_kernel,
         _shrink_constexprs(spec, rows, shape) | _expand_constexprs(spec, rows, shape, adds=adds),
-        DECODE if rows == 16 else PREFILL,
+        ONE_LAUNCH,
         "counter",
         shape.num_warps,
         shape.num_stages,

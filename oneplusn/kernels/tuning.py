@@ -94,9 +94,9 @@ TABLE = (
         64,
         0,
         0,
-        Shape(128, 64, 2048, num_warps=4, num_stages=3, programs=2, max_registers=255),
+        Shape(64, 64, 2048, num_warps=4, num_stages=3, programs=2, max_registers=168),
         "estimate: 2,048 rows are 32 tiles or more, so two parts of K = 4,096 fill 132 "
-        "multiprocessors; more would only add planes",
+        "multiprocessors, and more would only add planes; blocks of 128 columns take 254 registers",
     ),
 )
 INTERPRETED = Choice(
