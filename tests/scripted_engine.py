@@ -205,12 +205,12 @@ def emit(running: Running) -> TokenOutput:
     )
 
 
-def ready_message(folder: Path) -> Ready:
+def ready_message(folder: Path, context: int = CONTEXT) -> Ready:
     """What an engine says of a model with one linear."""
     return Ready(
         model="tiny-base",
         folder=str(folder),
-        max_model_len=CONTEXT,
+        max_model_len=context,
         vocab_size=VOCAB,
         eos_ids=(END_ID,),
         dtype="float32",

@@ -80,6 +80,7 @@ def running(command: Sequence[str], log: Path) -> Iterator[Process]:
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([*sys.path[1:], str(TESTS)]),
                 "XDG_RUNTIME_DIR": sockets,
+                "ONEPLUSN_LOG_LEVEL": "info",  # stands for all that is the server's own
             },
         ) as popen,
     ):

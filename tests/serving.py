@@ -97,10 +97,10 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(self._ended.set)
 
 
-def launch(core: ScriptedCore, folder: Path) -> Launch:
+def launch(core: ScriptedCore, folder: Path, context: int = CONTEXT) -> Launch:
     """Start engines that share a script, for a model whose tokenizer is made in `folder`."""
     build_tokenizer(folder)
-    return lambda address: EngineThread(core, ready_message(folder), address)
+    return lambda address: EngineThread(core, ready_message(folder, context), address)
 
 
 class InlineWorkers(Workers):
@@ -124,13 +124,19 @@ class Live:
 
 
 @contextmanager
-def serving(settings: Settings, folder: Path, core: ScriptedCore | None = None) -> Iterator[Live]:
+def serving(
+    settings: Settings,
+    folder: Path,
+    core: ScriptedCore | None = None,
+    *,
+    context: int = CONTEXT,
+) -> Iterator[Live]:
     """Serve until the block ends; it starts when every adapter is loaded."""
     core = core or ScriptedCore()
     failures: list[BaseException] = []
     app = create_app(
         settings,
-        launch(core, folder),
+        launch(core, folder, context),
         workers=InlineWorkers(max_upload_bytes=int(settings.max_upload)),
         on_failure=failures.append,
     )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -99,6 +100,12 @@ def test_a_death_ends_every_request_at_once_and_the_service_comes_back(serve, po
         engine = server.engine
         server.popen.kill()
         wait_until(lambda: not is_running(engine), seconds=2)
+
+
+def test_the_engine_gets_none_of_the_servers_environment(serve) -> None:
+    with serve() as server:
+        assert b"ONEPLUSN_" in Path(f"/proc/{server.popen.pid}/environ").read_bytes()
+        assert b"ONEPLUSN_" not in Path(f"/proc/{server.engine}/environ").read_bytes()
 
 
 def test_a_hang_is_a_death(serve, pool) -> None:

@@ -55,8 +55,9 @@ class TestDisconnect:
         wait_until(lambda: b"num_requests_running 0.0" in own.server.metrics.scrape())
 
 
-def request_bytes(path: str) -> bytes:
-    request = httpx.Request("POST", f"http://localhost{path}", json=ENDLESS)
+def request_bytes(path: str, **parameters: int) -> bytes:
+    body = {**ENDLESS, "parameters": {"ignore_eos": True, **parameters}}
+    request = httpx.Request("POST", f"http://localhost{path}", json=body)
     lines = [f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in request.headers.items()), "", ""]
     return "\r\n".join(lines).encode() + request.content
 
@@ -88,6 +89,20 @@ class TestEngineDeath:
 
 def ask(own: Live, task: str | None, text: str) -> httpx.Response:
     return httpx.post(f"{own.url}/generate", json={"task": task, "inputs": text})
+
+
+def test_a_client_that_does_not_read_is_cut_and_the_others_are_not(tmp_path) -> None:
+    core = ScriptedCore(step_seconds=0)
+    with serving(Settings(model="tiny-base"), tmp_path, core, context=100_000) as own:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            host, port = own.url.removeprefix("http://").split(":")
+            client.connect((host, int(port)))
+            client.sendall(request_bytes("/generate_stream", max_new_tokens=90_000))
+            wait_until(lambda: bool(core.submitted))
+            while not core.cancelled_once.is_set():
+                assert ask(own, None, "hi").json()["generated_text"] == "hi"
+        assert core.cancelled == [core.submitted[0].id]
 
 
 def test_a_full_queue_is_429(adapter_folders, tmp_path) -> None:
