@@ -9,11 +9,12 @@ shows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from oneplusn.kernels.cpu import SlabCache
+from oneplusn.kernels.native import Arguments
 from oneplusn.kernels.plan import PAGE, Site, SiteSpec, SiteTable, SlotInfo, num_pages
 from oneplusn.kernels.workspace import Workspace
 
@@ -117,14 +118,14 @@ def _chance(generator: torch.Generator) -> float:
 
 
 def _empty_sites(in_features: int, slices: Sequence[Sequence[int]], budget: int) -> list[Site]:
-    slabs, workspace = SlabCache(budget), Workspace("cpu")
+    slabs, arguments, workspace = SlabCache(budget), Arguments(), Workspace("cpu")
     sites = []
     for index, widths in enumerate(slices):
         modules = tuple(f"layers.{index}.m{s}" for s in range(len(widths)))
         spec = SiteSpec("+".join(modules), in_features, tuple(widths), modules)
         table = SiteTable(runs=CAPACITY_RUNS, slots=CAPACITY_SLOTS, gates=CAPACITY_GATES)
         table.gates.fill_(torch.nan)
-        sites.append(Site(spec, torch.empty(0), torch.empty(0), table, slabs, workspace))
+        sites.append(Site(spec, torch.empty(0), torch.empty(0), table, slabs, arguments, workspace))
     return sites
 
 
@@ -186,7 +187,7 @@ def _fill_pages(
                 b[row // PAGE, row % PAGE] = expert.b[r]
                 row += 1
         first += num_pages(rows[run])
-    return Site(spec, a, b, site.table, site.slabs, site.workspace)
+    return replace(site, a=a, b=b)
 
 
 def _draw_gates(

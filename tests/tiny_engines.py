@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,7 @@ from oneplusn.adapters.bundle import Bundle
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.server.engine.engine import Engine, EngineConfig
 from oneplusn.server.engine.model import prepare_model
+from oneplusn.server.engine.scheduler import Schedule
 from oneplusn.server.messages import Sampling, StepStats, Submit, TokenOutput
 from random_bundles import delta_weight, make_bundle, shapes_of
 from tiny_models import VOCAB, tiny_model
@@ -148,3 +150,18 @@ def run(engine: Engine, jobs: Sequence[Job]) -> tuple[list[Answer], list[StepSta
 def alone(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
     """Run every job by itself."""
     return [run(engine, [job])[0][0] for job in jobs]
+
+
+def record_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
+    """Return a table that steps will fill: by request, the logits of each token."""
+    rows: dict[str, list[Tensor]] = {}
+    forward = engine.runner.run
+
+    def record(schedule: Schedule) -> Tensor:
+        logits = forward(schedule)
+        for seq, row in zip(schedule.sampled, logits, strict=True):
+            rows.setdefault(seq.id, []).append(row.clone())
+        return logits
+
+    monkeypatch.setattr(engine.runner, "run", record)
+    return rows

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from oneplusn.adapters.image_file import (
     ArrayEntry,
     Header,
+    Mapped,
     SiteEntry,
     map_image,
     place,
@@ -105,7 +105,8 @@ class PageImage:
         Raises:
             AdapterCorrupt: It is missing, cut off or damaged, as far as its header tells.
         """
-        header, memory, start = map_image(path)
+        arrays = _Arrays(map_image(path))
+        header = arrays.header
         return cls(
             digest=header.digest,
             tasks=header.tasks,
@@ -114,10 +115,10 @@ class PageImage:
             num_runs=header.num_runs,
             sites={
                 site.name: SiteImage(
-                    a=_view(memory, start, site.a),
-                    b=_view(memory, start, site.b),
+                    a=arrays.view(site.a),
+                    b=arrays.view(site.b),
                     run_rows=site.run_rows,
-                    gates=_split_gates(_view(memory, start, site.gates), header, site),
+                    gates=_split_gates(arrays.view(site.gates), header, site),
                 )
                 for site in header.sites
             },
@@ -144,14 +145,28 @@ def _split_gates(gates: Tensor, header: Header, site: SiteEntry) -> dict[str, tu
     }
 
 
-def _view(memory: mmap, start: int, array: ArrayEntry) -> Tensor:
-    """Return an array where it lies in a mapped file."""
-    dtype: torch.dtype = getattr(torch, array.dtype)
-    if not array.num_bytes:
-        return torch.empty(array.shape, dtype=dtype)
-    count = array.num_bytes // dtype.itemsize
-    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + array.offset)
-    return flat.view(array.shape)
+class _Arrays:
+    """The arrays of a mapped file, as views of one tensor per dtype.
+
+    The engine opens files between its steps, and making a tensor of bytes costs more than a view.
+    """
+
+    def __init__(self, mapped: Mapped) -> None:
+        self.header = mapped.header
+        self._memory, self._start = mapped.memory, mapped.start
+        self._whole: dict[str, Tensor] = {}
+
+    def view(self, array: ArrayEntry) -> Tensor:
+        """Return an array where it lies in the file."""
+        dtype: torch.dtype = getattr(torch, array.dtype)
+        if not array.num_bytes:
+            return torch.empty(array.shape, dtype=dtype)
+        if array.dtype not in self._whole:
+            self._whole[array.dtype] = torch.frombuffer(
+                self._memory, dtype=dtype, offset=self._start
+            )
+        first, count = array.offset // dtype.itemsize, array.num_bytes // dtype.itemsize
+        return self._whole[array.dtype][first : first + count].view(array.shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

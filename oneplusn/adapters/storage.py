@@ -18,8 +18,10 @@ from torch import Tensor
 from oneplusn.adapters.image import PageImage, page_bytes
 from oneplusn.adapters.space import Holding, Need, Place, Space, Span
 from oneplusn.errors import AdapterIncompatible, MemoryPlanRefused
+from oneplusn.kernels import cpu
 from oneplusn.kernels.buffers import zeros
-from oneplusn.kernels.cpu import SlabCache
+from oneplusn.kernels.native import Arguments
+from oneplusn.kernels.ops import backend
 from oneplusn.kernels.plan import MAX_RUNS, PAGE, IntArray, Site, SiteSpec, SiteTable
 from oneplusn.kernels.workspace import Workspace
 
@@ -128,13 +130,13 @@ class Storage:
         device: torch.device | str,
         max_tasks: int,
     ) -> None:
-        # On CPU, slabs copy what is active, which may be everything that is resident.
-        copies = 2 if torch.device(device).type == "cpu" else 1
+        # Slabs copy what is active, which may be everything that is resident.
+        copies = 2 if backend(torch.device(device).type) is cpu.gated_delta else 1
         pages = _pages_per_site(specs, memory_bytes, dtype, max_tasks, copies)
         runs, slots = 2 * max_tasks, 1 + max_tasks
         gates = len(specs) * pages * PAGE * GATES_PER_ROW
-        slabs = SlabCache((copies - 1) * pages * sum(page_bytes(spec, dtype) for spec in specs))
-        workspace = Workspace(device)
+        slabs = cpu.SlabCache((copies - 1) * pages * sum(page_bytes(spec, dtype) for spec in specs))
+        arguments, workspace = Arguments(), Workspace(device)
         # First page, pages and rank rows of every run; the offsets of gates, over all sites.
         self._runs = torch.zeros(3, len(specs), runs, dtype=torch.int32, device=device)
         self._gate_first = torch.zeros(
@@ -150,6 +152,7 @@ class Storage:
                 b=zeros((pages, PAGE, spec.out_features), dtype, device),
                 table=self._table(index),
                 slabs=slabs,
+                arguments=arguments,
                 workspace=workspace,
             )
         capacities = dict.fromkeys(self._places, pages)

@@ -228,6 +228,13 @@ def gated_delta(
             spans = step.spans_of_all
         elif slab.layout.num_rows:
             _add_masked(ys, x, slab, step)
+    add_spans(ys, x, site, spans)
+
+
+def add_spans(
+    ys: Sequence[torch.Tensor], x: torch.Tensor, site: Site, spans: Iterable[Span]
+) -> None:
+    """Add the delta of whole runs to the rows of their spans, run by run, from the pages."""
     for span in spans:
         _add_run(ys, x, site, span)
 

@@ -31,7 +31,25 @@ class GatedDelta(Protocol):
         """Compute the delta in place."""
 
 
-def _cpu() -> GatedDelta:
+def _best_of_cpu() -> GatedDelta:
+    from oneplusn.kernels import native
+
+    return _native() if native.library() else _slabs()
+
+
+def _native() -> GatedDelta:
+    from oneplusn.kernels import cpu_native, native
+
+    if native.library() is None:
+        msg = (
+            "ONEPLUSN_KERNELS='native' needs a C++ compiler that works, and the log says what "
+            "failed here; install g++, or set ONEPLUSN_KERNELS='slabs'"
+        )
+        raise ConfigError(msg)
+    return cpu_native.gated_delta
+
+
+def _slabs() -> GatedDelta:
     from oneplusn.kernels import cpu
 
     return cpu.gated_delta
@@ -61,7 +79,13 @@ def _interpreted_triton() -> GatedDelta:
 
 # Per device type by name, the default first; imported when chosen. Other devices: the reference.
 _BACKENDS: dict[str, dict[str, Callable[[], GatedDelta]]] = {
-    "cpu": {"cpu": _cpu, "reference": _reference, "triton": _interpreted_triton},
+    "cpu": {
+        "cpu": _best_of_cpu,
+        "native": _native,
+        "slabs": _slabs,
+        "reference": _reference,
+        "triton": _interpreted_triton,
+    },
     "cuda": {"triton": _triton, "reference": _reference},
 }
 _ELSEWHERE: dict[str, Callable[[], GatedDelta]] = {"reference": _reference}

@@ -8,7 +8,7 @@ for: a task, a blend of tasks, or the bare base. The tables change when adapters
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from oneplusn.kernels.cpu import SlabCache
     from oneplusn.kernels.cpu_attention import AttentionMeta
+    from oneplusn.kernels.native import Arguments
     from oneplusn.kernels.workspace import Workspace
 
 PAGE = 16
@@ -237,7 +238,7 @@ def build_plan(
     """
     batch = np.asarray(row_slots, dtype=np.int32)
     used = set(batch.tolist()) - {BASE_SLOT}
-    order = sorted(used, key=lambda slot: (slots[slot].cluster, slots[slot].key, slot))
+    order = sort_slots(used, slots)
     rows, segments = _sort_rows(batch, order)
     clusters = _join_clusters(segments, slots)
     run_keys = _run_keys(order, slots)
@@ -258,6 +259,11 @@ def build_plan(
         run_pages=_run_pages(order, slots),
         key=_composition(batch, slots),
     )
+
+
+def sort_slots(chosen: Iterable[int], slots: Mapping[int, SlotInfo]) -> list[int]:
+    """Put slots into the order of a plan's rows: by cluster, then by content."""
+    return sorted(chosen, key=lambda slot: (slots[slot].cluster, slots[slot].key, slot))
 
 
 def _sort_rows(batch: IntArray, order: Sequence[int]) -> tuple[IntArray, tuple[Segment, ...]]:
@@ -369,6 +375,7 @@ class Site:
         b: `[P, 16, N]`, the rank rows that make the outputs, all slices side by side.
         table: Where runs and gates lie.
         slabs: What the CPU packs from the pages; shared by all sites of a pool.
+        arguments: What the CPU's compiled kernel is called with; shared likewise.
         workspace: What Triton's kernels write besides outputs; shared by all sites of a pool.
     """
 
@@ -377,6 +384,7 @@ class Site:
     b: torch.Tensor
     table: SiteTable
     slabs: SlabCache
+    arguments: Arguments
     workspace: Workspace
 
 

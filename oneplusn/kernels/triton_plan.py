@@ -24,7 +24,7 @@ from oneplusn.kernels.device_plan import (
     TILE_FIELDS,
     DevicePlan,
 )
-from oneplusn.kernels.plan import ABSENT, BASE_SLOT, MAX_RUNS, RunKey, SlotInfo
+from oneplusn.kernels.plan import ABSENT, BASE_SLOT, MAX_RUNS, RunKey, SlotInfo, sort_slots
 
 MAX_ROWS = 1024
 """Rows that one program sorts."""
@@ -45,7 +45,7 @@ class SlotTables:
 
     Attributes:
         buffer: The tables one behind the other, so that one copy moves all of them.
-        slot_order: `[slots]`, rank of a slot by (cluster, key, slot); LAST when not resident.
+        slot_order: `[slots]`, rank of a slot by `sort_slots`; LAST when not resident.
         slot_cluster: `[slots]`, number of its cluster in the sort of the clusters.
         slot_runs: `[slots, MAX_RUNS]`, run ids in the order of k, ABSENT beyond.
         run_order: `[runs]`, rank of a run by its key; LAST when not resident.
@@ -73,7 +73,7 @@ class SlotTables:
         for section, fill in zip(sections, (LAST, ABSENT, ABSENT, LAST, 0), strict=True):
             section.fill(fill)
         slot_order, slot_cluster, slot_runs, run_order, run_pages = sections
-        order = sorted(slots, key=lambda slot: (slots[slot].cluster, slots[slot].key, slot))
+        order = sort_slots(slots, slots)
         clusters = {info.cluster for info in slots.values()}
         numbers = {cluster: number for number, cluster in enumerate(sorted(clusters))}
         run_keys: dict[int, RunKey] = {}

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.errors import (
@@ -18,7 +17,17 @@ from oneplusn.errors import (
 )
 from oneplusn.server.engine.engine import Engine, EngineConfig
 from oneplusn.server.messages import Sampling, Submit
-from tiny_engines import Job, alone, cluster, clusters, merged, mixed_jobs, run, tiny_engine
+from tiny_engines import (
+    Job,
+    alone,
+    cluster,
+    clusters,
+    merged,
+    mixed_jobs,
+    record_logits,
+    run,
+    tiny_engine,
+)
 from tiny_models import tiny_model
 from tolerances import assert_close
 
@@ -112,16 +121,7 @@ def test_four_answers_to_one_prompt_compute_it_once(family, bundles) -> None:
 
 def test_tokens_and_logits_of_the_merged_model(family, bundles, jobs, solo, monkeypatch) -> None:
     engine = tiny_engine(family, bundles)
-    rows: dict[str, list[Tensor]] = {}
-    forward = engine.runner.run
-
-    def record(schedule):
-        logits = forward(schedule)
-        for seq, row in zip(schedule.sampled, logits, strict=True):
-            rows.setdefault(seq.id, []).append(row)
-        return logits
-
-    monkeypatch.setattr(engine.runner, "run", record)
+    rows = record_logits(engine, monkeypatch)
     answers, _ = run(engine, jobs)
     base = tiny_model(family)
     for index, (job, answer) in enumerate(zip(jobs, answers, strict=True)):

@@ -21,7 +21,7 @@ from delta_batches import (
     fixed_batch,
     outputs,
 )
-from oneplusn.kernels import cpu, reference, triton_backend
+from oneplusn.kernels import cpu, cpu_native, reference, triton_backend
 from oneplusn.kernels.ops import GatedDelta
 from oneplusn.kernels.plan import MAX_RUNS, build_plan
 from site_builder import Cluster
@@ -29,7 +29,8 @@ from tolerances import assert_close, assert_delta_close
 
 BACKENDS: dict[str, GatedDelta] = {
     "reference": reference.gated_delta,
-    "cpu": cpu.gated_delta,
+    "slabs": cpu.gated_delta,
+    "native": cpu_native.gated_delta,
     "triton": triton_backend.gated_delta,
 }
 # How the CPU backend is made to go: by its own choice, always with a mask, always run by run.
@@ -128,14 +129,15 @@ def test_permuting_the_rows_permutes_the_outputs(batch: Batch, data: st.DataObje
     assert_close(deltas[1], deltas[0][order])
 
 
-def test_values_that_are_not_finite_stay_in_their_row() -> None:
+@pytest.mark.parametrize("backend", [cpu.gated_delta, cpu_native.gated_delta])
+def test_values_that_are_not_finite_stay_in_their_row(backend: GatedDelta) -> None:
     batch = fixed_batch([FULL_PAGES, PLAIN], [1, 2, 3, 0, 1], torch.float32)
     batch.x[3] = torch.inf
     batch.x[4] = torch.nan
     _, ys = outputs(batch.world, 5, torch.float32)
     plan = build_plan(batch.row_slots, batch.world.slots)
 
-    cpu.gated_delta(ys, batch.x, batch.world.site, plan, into="delta")
+    backend(ys, batch.x, batch.world.site, plan, into="delta")
     delta = torch.cat(ys, dim=1)
 
     assert_delta_close(delta[:3], batch.delta[:3], torch.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oneplusn.errors import ConfigError
-from oneplusn.kernels import cpu, ops, reference, triton_backend
+from oneplusn.kernels import cpu, cpu_native, native, ops, reference, triton_backend
 from oneplusn.kernels.plan import build_plan
 from site_builder import Cluster, build_world
 from tolerances import assert_delta_close
@@ -25,9 +25,11 @@ def _forget_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("forced", "device", "expected"),
     [
-        (None, "cpu", cpu.gated_delta),
-        ("", "cpu", cpu.gated_delta),
-        ("cpu", "cpu", cpu.gated_delta),
+        (None, "cpu", cpu_native.gated_delta),
+        ("", "cpu", cpu_native.gated_delta),
+        ("cpu", "cpu", cpu_native.gated_delta),
+        ("native", "cpu", cpu_native.gated_delta),
+        ("slabs", "cpu", cpu.gated_delta),
         ("triton", "cpu", triton_backend.gated_delta),
         (None, "cuda", triton_backend.gated_delta),
         ("reference", "cpu", reference.gated_delta),
@@ -42,10 +44,24 @@ def test_backend_of(
     assert ops.backend(device) is expected
 
 
+def test_without_a_compiler_the_slabs_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert ops.backend("cpu") is cpu.gated_delta
+
+
+def test_the_compiled_kernel_cannot_be_forced_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setenv("ONEPLUSN_KERNELS", "native")
+    with pytest.raises(ConfigError, match=r"install g\+\+, or set ONEPLUSN_KERNELS='slabs'"):
+        ops.backend("cpu")
+
+
 @pytest.mark.parametrize(
     ("forced", "device", "choices"),
     [
-        ("cuda", "cpu", "cpu, reference, triton"),
+        ("cuda", "cpu", "cpu, native, slabs, reference, triton"),
         ("cpu", "cuda", "triton, reference"),
         ("cpu", "meta", "reference"),
     ],

@@ -76,6 +76,12 @@ def moved(line: str, *, before: str = "", behind: str = "") -> str:
     return ONE_LAUNCH.replace(line, "").replace(there, pair)
 
 
+def past_the_wait(line: str, jump: str) -> str:
+    """Return the kernel with a jump, in place of a line, to where H is loaded."""
+    assert ONE_LAUNCH.count(line) == 1
+    return ONE_LAUNCH.replace(line, jump).replace(H_LOAD, f"$SKIP: {H_LOAD}")
+
+
 def faults_of(ptx: str) -> list[str]:
     return order_faults(Program(ptx, POINTERS), "counter", splits=True, adds=True)
 
@@ -86,11 +92,14 @@ def test_an_ordered_kernel_has_no_faults() -> None:
 
 BROKEN = [
     pytest.param(
-        ONE_LAUNCH.replace("@%p3 bra $EXPAND;", "@%p3 bra $EXPAND; @%p6 bra $SKIP;").replace(
-            H_LOAD, f"$SKIP: {H_LOAD}"
-        ),
+        past_the_wait("@%p3 bra $EXPAND;", "@%p3 bra $EXPAND; @%p6 bra $SKIP;"),
         ["H is read without a wait for its flag"],
         id="a path around the wait",
+    ),
+    pytest.param(
+        past_the_wait("$WAIT:", "@%p6 bra $SKIP; $WAIT:"),
+        ["H is read without a wait for its flag"],
+        id="a wait for the item before alone",
     ),
     pytest.param(
         moved(H_LOAD, before=Y_LOAD),
@@ -171,13 +180,6 @@ def test_a_broken_order_is_found(ptx: str, faults: list[str]) -> None:
     assert faults_of(ptx) == faults
 
 
-def test_a_wait_for_the_item_before_does_not_count() -> None:
-    once = ONE_LAUNCH.replace("$WAIT:", "@%p6 bra $LATER; $WAIT:").replace(
-        H_LOAD, f"$LATER: {H_LOAD}"
-    )
-    assert faults_of(once) == ["H is read without a wait for its flag"]
-
-
 CALLED = """
 .func called(.param .b64 called_param_0, .param .b64 called_param_1)
 {
@@ -195,30 +197,37 @@ CALL = """{ // callseq 0, 0
     }"""
 
 
-def called(lines: str, body: str, call: str = CALL) -> str:
-    """Return the kernel with lines replaced by a call of a function with this body."""
+RAISED = f"{H_STORE}\n    {BARRIER}\n    {RAISE}"
+WAITED = f"$WAIT:\n    {POLL}\n    {BARRIER}\n    @%p5 bra $WAIT;"
+
+
+@pytest.mark.parametrize(
+    ("lines", "body", "call", "faults"),
+    [
+        pytest.param(RAISED, RAISED, CALL, [], id="the flag raised there"),
+        pytest.param(
+            RAISED,
+            RAISED.replace(BARRIER, ""),
+            CALL,
+            ["the flag is raised before all threads stored H"],
+            id="without a barrier",
+        ),
+        pytest.param(WAITED, WAITED, CALL, [], id="the wait there"),
+        pytest.param(
+            WAITED,
+            WAITED,
+            CALL.replace("call.uni", "@%p7 call.uni"),
+            ["H is read without a wait for its flag"],
+            id="under a condition",
+        ),
+    ],
+)
+def test_calls_are_followed(lines: str, body: str, call: str, faults: list[str]) -> None:
+    """Lines stand in a function, whose arguments are the kernel's %rd5 and %rd3."""
     assert ONE_LAUNCH.count(lines) == 1
-    return ONE_LAUNCH.replace(lines, call) + CALLED.replace("BODY", body)
-
-
-def test_calls_are_followed() -> None:
-    lines = f"{H_STORE}\n    {BARRIER}\n    {RAISE}"
-    store, raised = H_STORE.replace("%rd5", "%rd1"), RAISE.replace("%rd3", "%rd2")
-
-    assert faults_of(called(lines, f"{store} {BARRIER} {raised}")) == []
-    assert faults_of(called(lines, f"{store} {raised}")) == [
-        "the flag is raised before all threads stored H"
-    ]
-
-
-def test_a_call_under_a_condition_may_not_happen() -> None:
-    lines = f"$WAIT:\n    {POLL}\n    {BARRIER}\n    @%p5 bra $WAIT;"
-    body = lines.replace("%rd3", "%rd2")
-
-    assert faults_of(called(lines, body)) == []
-    assert faults_of(called(lines, body, CALL.replace("call.uni", "@%p7 call.uni"))) == [
-        "H is read without a wait for its flag"
-    ]
+    inside = body.replace("%rd5", "%rd1").replace("%rd3", "%rd2")
+    ptx = ONE_LAUNCH.replace(lines, call) + CALLED.replace("BODY", inside)
+    assert faults_of(ptx) == faults
 
 
 OVERLAPPING = """

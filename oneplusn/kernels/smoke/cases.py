@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oneplusn.kernels.cpu import SlabCache
+from oneplusn.kernels.native import Arguments
 from oneplusn.kernels.plan import (
     BASE_SLOT,
     PAGE,
@@ -277,7 +278,9 @@ def _fill_pages(
     page, lane = (torch.from_numpy(part).to(a.device) for part in (row // PAGE, row % PAGE))
     page_a[page, :, lane] = a
     page_b[page, lane] = b
-    return Site(spec, page_a, page_b, _table_on(a.device, table), SlabCache(0), workspace)
+    return Site(
+        spec, page_a, page_b, _table_on(a.device, table), SlabCache(0), Arguments(), workspace
+    )
 
 
 def _places(table: SiteTable, starts: Sequence[int]) -> NDArray[np.int64]:

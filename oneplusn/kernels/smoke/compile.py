@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 from oneplusn.kernels.cpu import SlabCache
 from oneplusn.kernels.device_plan import Capacity, DevicePlan
+from oneplusn.kernels.native import Arguments
 from oneplusn.kernels.plan import PAGE, Site, SiteSpec, SiteTable, build_plan
 from oneplusn.kernels.smoke.checks import DELTA, PDL, TWO, Size
 from oneplusn.kernels.smoke.outcome import Outcome
@@ -53,7 +54,7 @@ def compile_variant(variant: Variant, device: torch.device) -> Outcome:
     a = torch.zeros(1, spec.num_slices, PAGE, spec.in_features, dtype=dtype, device=device)
     b = torch.zeros(1, PAGE, spec.out_features, dtype=dtype, device=device)
     table = SiteTable(runs=1, slots=1, gates=PAGE, device=device)
-    site = Site(spec, a, b, table, SlabCache(0), Workspace(device))
+    site = Site(spec, a, b, table, SlabCache(0), Arguments(), Workspace(device))
     plan = DevicePlan.empty(tile_rows, Capacity(*[PAGE] * len(Capacity._fields)), device)
     plan.buffer.zero_()
     x = torch.zeros(tile_rows, spec.in_features, dtype=dtype, device=device)
