@@ -11,19 +11,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import httpx
 
 from oneplusn.loadtest.client import Ask, Summary, send_all, summarize
-from oneplusn.loadtest.fixtures import BASE, MIXED, ONE_LORA, SHAPES, TASKS_PER_CLUSTER, Fixtures
+from oneplusn.loadtest.fixtures import (
+    BASE,
+    MIXED,
+    ONE_LORA,
+    SHAPES,
+    TASKS_PER_CLUSTER,
+    Fixtures,
+    adapter_memory,
+    kept,
+)
+from oneplusn.loadtest.options import benchmark
 from oneplusn.loadtest.peers import PEERS
 from oneplusn.loadtest.processes import ChildFailed, named, python, run_json, serving
 from oneplusn.loadtest.report import Case, Report, machine, render
@@ -38,10 +44,6 @@ BUILD_LIMIT_S = 300.0
 PROFILE_LIMIT_S = 300.0
 PEER_LIMIT_S = 1800.0
 STEP_METRIC = "oneplusn_engine_step_seconds"
-PAGING = 4
-"""Adapter memory over the size on disk: ranks fill whole pages, and what is active has a copy."""
-TABLES = 64 << 20
-"""Bytes of adapter memory beside the pages."""
 
 
 def main() -> int:
@@ -63,18 +65,10 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__.partition("\n")[0])
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="of arithmetic (the cores)")
-    parser.add_argument("--model", choices=SHAPES, default="small")
+    parser = benchmark("bench", __doc__, tokens=64, quick="a tiny model and no peers")
     parser.add_argument("--requests", type=int, default=16, help="at once (16)")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens (64)")
-    parser.add_argument("--output", type=int, default=64, help="tokens (64)")
     parser.add_argument("--repeats", type=int, default=3, help="of each case after a warm-up (3)")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated; '' for none")
-    parser.add_argument("--cache", type=Path, help="keep models and adapters in this folder")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and no peers")
     options = parser.parse_args()
     options.peers = [peer for peer in options.peers.split(",") if peer]
     if unknown := set(options.peers) - set(PEERS):
@@ -93,7 +87,7 @@ def run(options: argparse.Namespace) -> Report:
     """Measure everything that was asked for."""
     names = ("model", "requests", "prompt", "output", "threads", "repeats")
     report = Report({name: getattr(options, name) for name in names}, machine())
-    with _folder(options.cache) as folder:
+    with kept(options.cache) as folder:
         fixtures = Fixtures(folder / f"{options.model}-{options.requests}", options.requests)
         _say(f"building {fixtures.folder}")
         build = [str(fixtures.folder), "--model", options.model, "--requests"]
@@ -104,16 +98,6 @@ def run(options: argparse.Namespace) -> Report:
             _measure_peer(report, peer, fixtures, options)
         _measure_shares(report, fixtures, options)
     return report
-
-
-@contextmanager
-def _folder(cache: Path | None) -> Iterator[Path]:
-    """Yield the cache folder, or one that is gone afterwards."""
-    if cache is not None:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory(prefix="oneplusn-bench-") as folder:
-        yield Path(folder)
 
 
 def _cases(fixtures: Fixtures) -> dict[str, list[str]]:
@@ -131,9 +115,8 @@ def _cases(fixtures: Fixtures) -> dict[str, list[str]]:
 def _model(fixtures: Fixtures) -> list[str]:
     """Return the options that name the base and all adapters, and make room for them."""
     adapters = fixtures.loras | fixtures.clusters
-    on_disk = sum(file.stat().st_size for path in adapters.values() for file in path.iterdir())
-    memory = ["--adapter-memory", str(PAGING * on_disk + TABLES)]
-    return ["--model", str(fixtures.base), *memory, *named(adapters, "--adapter")]
+    room = adapter_memory(adapters.values())
+    return ["--model", str(fixtures.base), *room, *named(adapters, "--adapter")]
 
 
 def _measure_server(report: Report, fixtures: Fixtures, options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Replace an adapter again and again while a load runs, and time what that takes.
 
-Each swap uploads the other one of two prepared folders through `POST /v1/adapters`, then asks a
-task of it: the new version is there when the answer to such a request names it.
+Each swap uploads the other one of two prepared folders through `POST /v1/adapters`, or activates
+the version that an earlier upload made, then asks a task of it: the new version is there when the
+answer to such a request names it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,12 @@ class Package:
 
 @dataclass(slots=True)
 class Swap:
-    """One upload, and the first request to its version.
+    """One upload or activation, and the first request to its version.
 
     Attributes:
         content: Which package it was.
         due: When it should have begun, in seconds on the clock of `time.perf_counter`.
-        started: When the upload began.
+        started: When it began.
         answered: When the server had answered it.
         version: Label of the version that is active since.
         first_token: When the first token of that version arrived.
@@ -98,9 +100,12 @@ class Churn:
         name: The adapter's.
         packages: What is uploaded, one after the other.
         ask: Makes a request to a task; needed to run.
+        uploads: Whether a version that the server has is sent again, or activated by its number.
         tasks: Tasks of the adapter, known after the first upload.
+        numbers: Versions by the content of what made them.
         swaps: What was done.
-        num_bytes: Size of the first upload.
+        prepared: How many of them were before the load.
+        num_bytes: Size of an upload.
         halted: Set to end the swaps, after the one that is under way.
     """
 
@@ -111,28 +116,32 @@ class Churn:
     per_second: float
     timeout: float
     ask: Callable[[str], bytes] | None = None
+    uploads: bool = True
     tasks: tuple[str, ...] = ()
     swaps: list[Swap] = field(default_factory=list)
+    prepared: int = 1
     num_bytes: int = 0
     halted: asyncio.Event = field(default_factory=asyncio.Event)
+    numbers: dict[str, int] = field(default_factory=dict)
 
-    def prepare(self) -> None:
-        """Upload the first package, so that the tasks are there.
+    def prepare(self, count: int = 1) -> None:
+        """Upload the first packages, so that the tasks are there, and versions to go back to.
 
         Raises:
-            LoadFailed: The server refuses it.
+            LoadFailed: The server refuses one.
         """
-        first = next(self.packages)
-        self.num_bytes = len(first.body)
-        description = _upload(self.server, first, self.timeout)
-        self.tasks = tuple(description.get("tasks") or (self.name,))
-        now = time.perf_counter()
-        self.swaps.append(Swap(first.content, now, now, now, description["id"], now))
+        for package in islice(self.packages, count):
+            self.num_bytes = len(package.body)
+            description = self._upload(package)
+            self.tasks = tuple(description.get("tasks") or (self.name,))
+            now = time.perf_counter()
+            self.swaps.append(Swap(package.content, now, now, now, description["id"], now))
+        self.prepared = count
 
     @property
     def measured(self) -> list[Swap]:
-        """All but the first, which was no swap."""
-        return self.swaps[1:]
+        """What was swapped under load."""
+        return self.swaps[self.prepared :]
 
     async def run(self, *, delay: float = 0.0) -> None:
         """Swap until halted, from `delay` seconds on; what fails is noted."""
@@ -159,7 +168,8 @@ class Churn:
         self.swaps.append(swap)
         try:
             # In a thread with a blocking socket: the loop would stall on megabytes.
-            description = await asyncio.to_thread(_upload, self.server, package, self.timeout)
+            send = self._upload if self.uploads else self._activate
+            description = await asyncio.to_thread(send, package)
             swap.answered, swap.version = time.perf_counter(), description["id"]
             answer = await self._probe()
         except LoadFailed as error:
@@ -181,22 +191,39 @@ class Churn:
         pool.close()
         return reader.finish(exchange.sent)
 
+    def _upload(self, package: Package) -> dict[str, Any]:
+        """Send a package; return the server's description of the version.
 
-def _upload(server: Server, package: Package, timeout: float) -> dict[str, Any]:
-    """Send a package; return the server's description of the version.
+        Raises:
+            LoadFailed: It cannot be reached, refuses, or answers something else.
+        """
+        headers = {"Content-Type": f"multipart/form-data; boundary={package.boundary}"}
+        description = self._told("upload", "POST", ROUTE, package.body, headers)
+        if isinstance(number := description.get("version"), int):
+            self.numbers[package.content] = number
+        return description
 
-    Raises:
-        LoadFailed: It cannot be reached, refuses, or answers something else.
-    """
-    headers = {"Content-Type": f"multipart/form-data; boundary={package.boundary}"}
-    status, content = server.upload(ROUTE, package.body, headers, limit_s=timeout)
-    if status not in ACCEPTED:
-        shown = content[:500].decode(errors="replace")
-        raise LoadFailed(f"the upload was answered {status}: {shown}", group=f"upload {status}")
-    try:
-        description = msgspec.json.decode(content)
-    except msgspec.DecodeError:
-        description = None
-    if not isinstance(description, dict) or not isinstance(description.get("id"), str):
-        raise LoadFailed(f"the upload's answer names no version: {content[:200]!r}", group="upload")
-    return description
+    def _activate(self, package: Package) -> dict[str, Any]:
+        """Activate the version that a package has made; as `_upload` where it has made none."""
+        if package.content not in self.numbers:
+            return self._upload(package)
+        body = msgspec.json.encode({"version": self.numbers[package.content]})
+        headers = {"Content-Type": "application/json"}
+        return self._told("activation", "PUT", f"{ROUTE}/{self.name}", body, headers)
+
+    def _told(
+        self, what: str, method: str, path: str, body: bytes | bytearray, headers: dict[str, str]
+    ) -> dict[str, Any]:
+        status, content = self.server.send(method, path, body, headers, limit_s=self.timeout)
+        if status not in ACCEPTED:
+            shown = content[:500].decode(errors="replace")
+            msg = f"the {what} was answered {status}: {shown}"
+            raise LoadFailed(msg, group=f"{what} {status}")
+        try:
+            description = msgspec.json.decode(content)
+        except msgspec.DecodeError:
+            description = None
+        if not isinstance(description, dict) or not isinstance(description.get("id"), str):
+            msg = f"the {what}'s answer names no version: {content[:200]!r}"
+            raise LoadFailed(msg, group=what)
+        return description

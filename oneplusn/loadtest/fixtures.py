@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,31 @@ MAX_POSITIONS = 2048
 COMPLETE = "complete"
 PREFIX = "base_model.model."
 
+PAGING = 4
+"""Adapter memory over the size on disk: ranks fill whole pages, and what is active has a copy."""
+TABLES = 64 << 20
+"""Bytes of adapter memory beside the pages."""
+
 # What the cases of all servers and libraries are called, so that they can be compared.
 BASE = "bare base"
 ONE_LORA = "one LoRA"
 MIXED = "{} different LoRAs"
+
+
+@contextmanager
+def kept(cache: Path | None) -> Iterator[Path]:
+    """Yield the cache folder, or one that is gone afterwards."""
+    if cache is not None:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(prefix="oneplusn-bench-") as folder:
+        yield Path(folder)
+
+
+def adapter_memory(adapters: Iterable[Path]) -> list[str]:
+    """Return the option of a server that makes room for the adapters in these folders."""
+    on_disk = sum(file.stat().st_size for folder in adapters for file in folder.iterdir())
+    return ["--adapter-memory", str(PAGING * on_disk + TABLES)]
 
 
 @dataclass(frozen=True, slots=True)

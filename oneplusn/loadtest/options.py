@@ -1,4 +1,4 @@
-"""The options of `oneplusn loadtest`, checked before anything is sent."""
+"""The options of `oneplusn loadtest` and of the benchmarks, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oneplusn.loadtest.dialects import DIALECTS
+from oneplusn.loadtest.fixtures import SHAPES
 from oneplusn.loadtest.workload import LENGTHS, POPULARITIES, Length, Popularity
 
 KEY_VARIABLE = "ONEPLUSN_API_KEY"
@@ -43,6 +44,27 @@ def declare(parser: argparse.ArgumentParser) -> None:
     _declare_requests(parser)
     _declare_churn(parser)
     _declare_rest(parser)
+
+
+def benchmark(name: str, about: str, *, tokens: int, quick: str) -> argparse.ArgumentParser:
+    """Return a parser of what all benchmarks ask.
+
+    Args:
+        name: Of the benchmark.
+        about: Its module's docstring.
+        tokens: Default of prompts and of answers.
+        quick: What `--quick` makes of it.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=about.partition("\n")[0])
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="of arithmetic (the cores)")
+    parser.add_argument("--model", choices=SHAPES, default="small")
+    parser.add_argument("--prompt", type=int, default=tokens, help=f"tokens ({tokens})")
+    parser.add_argument("--output", type=int, default=tokens, help=f"tokens on average ({tokens})")
+    parser.add_argument("--cache", type=Path, help="keep models and adapters in this folder")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:

@@ -3,9 +3,9 @@
     python -m oneplusn.loadtest.swap --threads 2
 
 Serves the benchmark's random model with 16 adapters of 17 MB. While streams run on all of them, one
-is replaced again and again; every answer must be wholly of the version that it names. The others'
-inter-token times are compared with a run without swaps, in pairs. Then versions that were never
-seen before are uploaded at a part of the load that the server can take.
+flips between two versions, whose pages come and go; every answer must be wholly of the version that
+it names. The others' inter-token times are compared with a run without swaps, in pairs. Then
+versions that were never seen before are uploaded at a part of the load that the server can take.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import signal
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -30,8 +28,9 @@ from oneplusn.loadtest.churn import Churn, Package
 from oneplusn.loadtest.dialects import DIALECTS
 from oneplusn.loadtest.drive import Driver, Limits, Outcome
 from oneplusn.loadtest.figures import answered, swaps
-from oneplusn.loadtest.fixtures import SHAPES
+from oneplusn.loadtest.fixtures import SHAPES, adapter_memory, kept
 from oneplusn.loadtest.load import Composer
+from oneplusn.loadtest.options import benchmark
 from oneplusn.loadtest.processes import ChildFailed, named, python, run_json, serving
 from oneplusn.loadtest.prompts import Words
 from oneplusn.loadtest.report import machine
@@ -51,10 +50,6 @@ FIRST_PROMPT_WORD = 1000
 PROMPT_WORDS = 4096
 PER_FLIPPED = 3
 """Requests to other adapters between two to the one that is flipped."""
-PAGING = 4
-"""Adapter memory over the size on disk: ranks fill whole pages, and what is active has a copy."""
-TABLES = 64 << 20
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(slots=True)
@@ -127,10 +122,11 @@ class Storm:
         self.findings.faults += self.ledger.check(outcome.records)
         self.findings.requests += len(outcome.records)
 
-    def churn(self, packages: Iterator[Package], per_second: float) -> Churn:
-        """Prepare swaps, with the first version uploaded."""
+    def churn(self, packages: Iterator[Package], per_second: float, *, uploads: bool) -> Churn:
+        """Prepare swaps: new uploads, with one version there, or flips between all of them."""
         churn = Churn(self.server, ROUTE, marked.FLIPPED, packages, per_second, ANSWER_LIMIT_S)
-        churn.prepare()
+        churn.uploads = uploads
+        churn.prepare(1 if uploads else len(self.packages))
         self.ledger.learn(churn.swaps, self.words)
         return churn
 
@@ -138,7 +134,7 @@ class Storm:
         """Compare the others' times with and without swaps; which comes first alternates."""
         options = self.options
         seconds = options.flips / options.pairs / options.swaps_per_s
-        churn = self.churn(cycle(self.packages), options.swaps_per_s)
+        churn = self.churn(cycle(self.packages), options.swaps_per_s, uploads=False)
         runs = dict[bool, Outcome]()
         for swapping in (False, True) if number % 2 else (True, False):
             work = self.load(2 * number + swapping, seconds, None, churn if swapping else None)
@@ -152,7 +148,7 @@ class Storm:
         """Upload versions that were never seen, while the server has a part of its load."""
         options = self.options
         rate = LOAD_SHARE * statistics.median(self.findings.capacity)
-        churn = self.churn(new_versions(self.packages), options.swaps_per_s)
+        churn = self.churn(new_versions(self.packages), options.swaps_per_s, uploads=True)
         seconds = options.uploads / options.swaps_per_s
         outcome = asyncio.run(self.load(2 * options.pairs, seconds, rate, churn))
         self.findings.uploads = {"request_rate": rate, **swaps(churn, outcome)}
@@ -177,21 +173,13 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="swap", description=__doc__.partition("\n")[0])
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="of arithmetic (the cores)")
-    parser.add_argument("--model", choices=SHAPES, default="small")
+    parser = benchmark("swap", __doc__, tokens=32, quick="a tiny model and a few flips")
     parser.add_argument("--adapters", type=int, default=16, help="resident (16)")
     parser.add_argument("--streams", type=int, default=16, help="at once (16)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens (32)")
-    parser.add_argument("--output", type=int, default=32, help="tokens, on average (32)")
     parser.add_argument("--flips", type=int, default=200, help="over all pairs (200)")
     parser.add_argument("--pairs", type=int, default=5, help="runs with and without swaps (5)")
     parser.add_argument("--uploads", type=int, default=40, help="of new versions (40)")
     parser.add_argument("--swaps-per-s", type=float, default=1.0, help="(1)")
-    parser.add_argument("--cache", type=Path, help="keep model and adapters in this folder")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few flips")
     options = parser.parse_args()
     if options.quick:
         few = {"flips": 4, "pairs": 1, "uploads": 2, "swaps_per_s": 2.0}
@@ -212,7 +200,7 @@ def _options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> Findings:
     """Measure everything that was asked for."""
-    with _folder(options.cache) as folder, tempfile.TemporaryDirectory() as data:
+    with kept(options.cache) as folder, tempfile.TemporaryDirectory() as data:
         fixtures = folder / f"marked-{options.model}-{options.adapters}"
         _say(f"building {fixtures}")
         build = [str(fixtures), "--model", options.model, "--adapters", str(options.adapters)]
@@ -245,22 +233,11 @@ def _storm(options: argparse.Namespace, fixtures: Path, server: Server) -> Storm
 def _arguments(options: argparse.Namespace, fixtures: Path, data: str) -> list[str]:
     """Return the options of a server with the base and the other adapters, and room for all."""
     folders = {name: fixtures / name for name in marked.others(options.adapters)}
-    weights = (fixtures / name / WEIGHTS for name in marked.names(options.adapters))
-    memory = PAGING * sum(file.stat().st_size for file in weights) + TABLES
+    room = adapter_memory(fixtures / name for name in marked.names(options.adapters))
     return [
         *("--model", str(fixtures / "base"), "--served-model-name", "base", "--data", data),
-        *("--adapter-memory", str(memory), *named(folders, "--adapter")),
+        *(*room, *named(folders, "--adapter")),
     ]
-
-
-@contextmanager
-def _folder(cache: Path | None) -> Iterator[Path]:
-    """Yield the cache folder, or one that is gone afterwards."""
-    if cache is not None:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory(prefix="oneplusn-swap-") as folder:
-        yield Path(folder)
 
 
 def _others_itl_ms(outcome: Outcome) -> float:

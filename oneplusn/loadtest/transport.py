@@ -54,10 +54,16 @@ class Server:
         lines = [f"POST {self.path}{path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
         return "\r\n".join([*lines, "\r\n"]).encode() + body
 
-    def upload(
-        self, path: str, body: bytes | bytearray, headers: Mapping[str, str], *, limit_s: float
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | bytearray,
+        headers: Mapping[str, str],
+        *,
+        limit_s: float,
     ) -> tuple[int, bytes]:
-        """Post a large body from a thread; return the status and the answer.
+        """Send a body of any size from a thread; return the status and the answer.
 
         Raises:
             LoadFailed: The server cannot be reached, or is no HTTP server.
@@ -70,7 +76,7 @@ class Server:
             )
         )
         try:
-            connection.request("POST", f"{self.path}{path}", body, {**self.headers, **headers})
+            connection.request(method, f"{self.path}{path}", body, {**self.headers, **headers})
             response = connection.getresponse()
             return response.status, response.read()
         except OSError as error:

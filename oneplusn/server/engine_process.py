@@ -43,8 +43,12 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 1.0
 """How often the occupancy is told, which also says that the loop turns."""
-WRITE_S = 0.002
-"""How long a swap may hold up the next step."""
+WRITE_SHARE = 0.05
+"""How long a swap may hold up the next step, as a share of the last one."""
+MIN_WRITE_S = 0.0005
+"""Seconds that it may take at least, or it would never come to an end beside short steps."""
+IDLE_WRITE_S = 0.02
+"""Seconds that it may take when no step waits: a request may come meanwhile."""
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger("oneplusn.engine")
 
@@ -92,6 +96,13 @@ class EngineCore(Protocol):
 Opener = Callable[[Load], "PageImage"]
 
 
+def write_seconds(last_step: float | None) -> float:
+    """Return how long a swap may write before the next step; None when no step waits."""
+    if last_step is None:
+        return IDLE_WRITE_S
+    return max(MIN_WRITE_S, WRITE_SHARE * last_step)
+
+
 class Loop:
     """Drives one engine from one socket."""
 
@@ -109,6 +120,7 @@ class Loop:
         self._heartbeat = heartbeat
         self._beat = time.monotonic()
         self._busy = False
+        self._step_seconds = 0.0
 
     def run(self, ready: Ready) -> None:
         """Say that the engine is ready, and serve until something raises."""
@@ -127,7 +139,7 @@ class Loop:
             if (refusal := self._handle(message)) is not None
         ]
         if core.is_writing:
-            core.write_some(WRITE_S)
+            core.write_some(write_seconds(self._step_seconds if core.has_work else None))
         # What left the memory is told before a request is refused for it.
         for event in core.poll():
             self._channel.send(event)
@@ -139,7 +151,9 @@ class Loop:
     def _step(self, refused: list[Refusal]) -> None:
         was_busy, self._busy = self._busy, self._core.has_work
         if self._busy:
+            start = time.monotonic()
             step = self._core.step()
+            self._step_seconds = time.monotonic() - start
             refused += step.refused
             self._channel.send(StepOutputs(step.outputs, step.stats, refused) if refused else step)
         elif was_busy or refused:

@@ -55,9 +55,12 @@ class Adapters:
         self.active = 0
 
     def __call__(self, request):
-        if request.path != "/v1/adapters":
+        if not request.path.startswith("/v1/adapters"):
             active = self.active - self._lag
             return self._script(adapter=f"letters@{active}", events=1, first_s=0.02)
+        if (request.method, request.path) == ("PUT", "/v1/adapters/letters"):
+            self.active = json.loads(request.body)["version"]
+            return self._script(content=json.dumps(self._described).encode())
         form = parts(request.body, request.headers["content-type"])
         self.uploads.append(form)
         if self._refuse and len(self.uploads) > 1:
@@ -66,11 +69,15 @@ class Adapters:
         if content not in self.contents:
             self.contents.append(content)
         self.active = self.contents.index(content) + 1
-        described = {"id": f"letters@{self.active}", "tasks": ["vowels", "upper"]}
-        return self._script(content=json.dumps(described).encode())
+        return self._script(content=json.dumps(self._described).encode())
+
+    @property
+    def _described(self) -> dict[str, object]:
+        tasks = ["vowels", "upper"]
+        return {"id": f"letters@{self.active}", "version": self.active, "tasks": tasks}
 
 
-def churned(address: str, packages: list[Package], count: int) -> Churn:
+def churned(address: str, packages: list[Package], count: int, *, uploads: bool = True) -> Churn:
     server = reach(address)
     asked = list[str]()
 
@@ -80,8 +87,8 @@ def churned(address: str, packages: list[Package], count: int) -> Churn:
             churn.halted.set()
         return server.post(ROUTE.path, json.dumps(ROUTE.body(task, "x", 1)).encode())
 
-    churn = Churn(server, ROUTE, "letters", cycle(packages), 20.0, 10.0, ask)
-    churn.prepare()
+    churn = Churn(server, ROUTE, "letters", cycle(packages), 20.0, 10.0, ask, uploads)
+    churn.prepare(1 if uploads else len(packages))
     asyncio.run(asyncio.wait_for(churn.run(), 20))
     assert set(asked) == {"vowels"}
     return churn
@@ -112,6 +119,19 @@ def test_versions_take_turns_and_their_first_tokens_are_timed(scripted, script, 
         assert swap.first_token - swap.answered > 0.02
     dues = [swap.due for swap in churn.measured]
     assert [later - dues[0] for later in dues] == pytest.approx([i / 20 for i in range(5)])
+
+
+def test_versions_that_are_there_are_activated_and_not_sent_again(
+    scripted, script, packages
+) -> None:
+    behave = Adapters(script)
+    churn = churned(scripted(behave).address, packages, 4, uploads=False)
+
+    assert len(behave.uploads) == 2
+    assert [swap.version for swap in churn.measured] == [
+        "letters@1", "letters@2", "letters@1", "letters@2",
+    ]  # fmt: skip
+    assert not [swap for swap in churn.measured if swap.failure]
 
 
 def test_an_old_version_that_answers_after_the_swap_is_a_failure(
