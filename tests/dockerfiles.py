@@ -1,4 +1,4 @@
-"""Read a Dockerfile, and carry out the steps of a target without a container engine."""
+"""Read a Dockerfile, and carry out the steps of a stage without a container engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass
 class Stage:
-    """One stage and its steps."""
+    """One stage: the image that it begins with, and all steps since then."""
 
     name: str
     base: str
@@ -48,8 +48,8 @@ class Stage:
         return dict(pair.split("=", 1) for pair in pairs)
 
 
-def read(path: Path) -> dict[str, Stage]:
-    """Return the stages by name, in order."""
+def read(path: Path, **arguments: str) -> dict[str, Stage]:
+    """Return the stages by name, in order, for these build arguments."""
     text = re.sub(r"^\s*#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     stages: dict[str, Stage] = {}
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
@@ -57,9 +57,13 @@ def read(path: Path) -> dict[str, Stage]:
             continue
         name, _, rest = line.partition(" ")
         if name == "FROM":
-            base, sign, stage = rest.split()
+            base, sign, stage = re.sub(r"\$\{(\w+)\}", lambda at: arguments[at[1]], rest).split()
             assert sign == "AS", "every stage has a name"
-            stages[stage] = Stage(stage, base)
+            before = stages.get(base, Stage(base, base))
+            stages[stage] = Stage(stage, before.base, [*before.steps])
+        elif not stages:
+            assert name == "ARG"
+            arguments.setdefault(*rest.split("="))
         else:
             list(stages.values())[-1].steps.append(Step(name, rest.strip()))
     return stages

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 
 from serving import wait_until
 
 TESTS = Path(__file__).parent
+KEYS = {"message", "type", "param", "code"}
+Event = dict[str, Any]
 
 
 @dataclass
@@ -97,3 +104,30 @@ def running(command: Sequence[str], log: Path) -> Iterator[Process]:
 def address_in(log: Path) -> str:
     found = re.search(r"listening on (http://\S+);", log.read_text())
     return found[1] if found else ""
+
+
+class Streams:
+    """Streams on threads, all of which have begun: what each got last, and when it ended."""
+
+    def __init__(self, pool: Executor, url: str, bodies: Sequence[Mapping[str, Any]]) -> None:
+        self._begun = threading.Semaphore(0)
+        self._ends = [pool.submit(self._read, url, body) for body in bodies]
+        for _ in bodies:
+            assert self._begun.acquire(timeout=30)
+
+    def _read(self, url: str, body: Mapping[str, Any]) -> tuple[Event, float]:
+        with httpx.stream("POST", f"{url}/generate_stream", json=body, timeout=30) as answer:
+            events = (json.loads(line[6:]) for line in answer.iter_lines() if line)
+            first = next(events)
+            self._begun.release()
+            *_, last = first, *events
+        return last, time.monotonic()
+
+    def ends(self) -> tuple[list[Event], float]:
+        """Return the last events, and when the last stream ended."""
+        ends = [future.result(timeout=30) for future in self._ends]
+        return [event for event, _ in ends], max(when for _, when in ends)
+
+
+def error_of(event: Event) -> tuple[str, set[str]]:
+    return event["error"]["code"], set(event["error"])

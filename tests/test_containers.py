@@ -25,7 +25,8 @@ from oneplusn.server.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = read(ROOT / "Dockerfile")
-TARGETS = ("cpu", "cuda")
+VARIANTS = ("cpu", "cuda")
+IMAGES = {name: read(ROOT / "Dockerfile", VARIANT=name)["server"] for name in VARIANTS}
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES = COMPOSE["services"]
 PROMETHEUS = ROOT / "deploy" / "prometheus" / "prometheus.yml"
@@ -46,19 +47,15 @@ def needs(name: str, package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(tool(name) is None, reason=missing(name, package))
 
 
-def final_stages() -> list[object]:
-    return [pytest.param(STAGES[name], id=name) for name in TARGETS]
-
-
 def own_files(stage: Stage) -> list[str]:
     """What a stage copies from the repository."""
     copies = [step.words for step in stage.all("COPY")]
     return [path for words in copies if "--from=" not in words[0] for path in words[:-1]]
 
 
-def test_a_build_without_a_target_is_for_the_cpu() -> None:
-    assert list(STAGES)[-1] == "cpu"
-    assert set(TARGETS) < set(STAGES)
+def test_a_build_without_arguments_is_for_the_cpu() -> None:
+    assert list(STAGES)[-1] == "server"
+    assert STAGES["server"] == IMAGES["cpu"]
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
@@ -75,8 +72,8 @@ def test_what_is_copied_is_there_and_not_ignored(stage) -> None:
     assert stage.all("ADD") == []
 
 
-@pytest.mark.parametrize("stage", final_stages())
-class TestTarget:
+@pytest.mark.parametrize("stage", IMAGES.values(), ids=IMAGES)
+class TestImage:
     def test_it_runs_as_nobody_in_particular(self, stage) -> None:
         assert stage.one("USER").text == f"{USER_ID}:{USER_ID}"
         names = [step.name for step in stage.steps]
@@ -125,12 +122,10 @@ class TestTarget:
         assert asked == ["/health/ready"]
 
 
-def test_the_targets_differ_in_what_they_must() -> None:
-    cpu, cuda = (STAGES[name] for name in TARGETS)
-    same = ("USER", "WORKDIR", "VOLUME", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD")
-    assert [cpu.one(name) for name in same] == [cuda.one(name) for name in same]
-    assert cuda.environment.items() - cpu.environment.items() == {
-        ("TRITON_CACHE_DIR", "/data/triton")
+def test_the_images_differ_in_what_they_must() -> None:
+    cpu, cuda = IMAGES.values()
+    assert dict(cuda.environment.items() - cpu.environment.items()) == {
+        "TRITON_CACHE_DIR": "/data/triton"
     }
     assert cuda.base.startswith("nvidia/cuda:")
 
@@ -173,7 +168,7 @@ def test_the_servers_differ_in_image_and_device() -> None:
     cpu, gpu = dict(SERVICES["oneplusn-cpu"]), dict(SERVICES["oneplusn-gpu"])
     (device,) = gpu.pop("deploy")["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    assert {cpu["build"]["target"], gpu["build"]["target"]} == set(TARGETS)
+    assert (cpu["build"]["args"]["VARIANT"], gpu["build"]["args"]["VARIANT"]) == VARIANTS
     for name in ("image", "build", "profiles"):
         cpu.pop(name)
         gpu.pop(name)
@@ -199,7 +194,7 @@ def test_the_server_is_confined_and_has_time_to_end() -> None:
     assert server["read_only"]
     assert server["cap_drop"] == ["ALL"]
     assert int(server["stop_grace_period"].removesuffix("s")) > Settings(model="m").shutdown_timeout
-    assert server["volumes"] == [f"data:{STAGES['cpu'].one('VOLUME').text}"]
+    assert server["volumes"] == [f"data:{STAGES['server'].one('VOLUME').text}"]
     assert all(
         name.removeprefix(ENV_PREFIX).lower() in Settings.model_fields
         for name in server["environment"]
@@ -221,7 +216,7 @@ def test_prometheus_scrapes_the_server_with_the_key() -> None:
     assert job["authorization"]["credentials_file"] == KEY
     (alias,) = SERVICES["oneplusn-cpu"]["networks"]["default"]["aliases"]
     ((target,),) = [config["targets"] for config in job["static_configs"]]
-    assert target == f"{alias}:{STAGES['cpu'].one('EXPOSE').text}"
+    assert target == f"{alias}:{STAGES['server'].one('EXPOSE').text}"
 
 
 @needs("promtool", "prometheus of Debian")
@@ -253,7 +248,7 @@ def test_grafana_finds_its_source_and_its_dashboard() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_steps_of_the_cpu_target_make_a_server_that_starts(tmp_path) -> None:
+def test_the_steps_of_the_cpu_image_make_a_server_that_starts(tmp_path) -> None:
     inherited = ("PIP_", "SSL_", "TMPDIR", "LANG")
     rehearsal = Rehearsal(
         STAGES,
@@ -264,10 +259,10 @@ def test_the_steps_of_the_cpu_target_make_a_server_that_starts(tmp_path) -> None
             "PATH": f"{sys.base_prefix}/bin:/usr/bin:/bin",
         },
     )
-    environment = rehearsal.run("cpu")
+    environment = rehearsal.run("server")
     assert [step.split()[0] for step in rehearsal.left_out] == ["groupadd"]
 
-    stage = STAGES["cpu"]
+    stage = STAGES["server"]
     port = free_port()
     environment |= {
         "ONEPLUSN_HOST": "127.0.0.1",

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from oneplusn.adapters.bundle import Bundle
 from oneplusn.adapters.files import read_adapter, write_bundle
+from oneplusn.adapters.fingerprint import base_fingerprint
 from oneplusn.adapters.methods import CgcLora, CPoly, LoraPerTask, Method
 from oneplusn.adapters.training.data import Example, TaskDataset
 from oneplusn.adapters.training.trainer import TrainSettings, train_cluster
@@ -96,7 +97,12 @@ def train(base: Path, cluster: str, seed: int) -> Bundle:
     )
     settings = replace(recipe.settings, seed=seed)
     bundle = train_cluster(
-        model, recipe.method, dataset, settings, pad_token_id=tokenizer.pad_token_id
+        model,
+        recipe.method,
+        dataset,
+        settings,
+        pad_token_id=tokenizer.pad_token_id,
+        base_fingerprint=base_fingerprint(base),
     )
     told = {f"description.{task}": TASKS[task].description for task in bundle.tasks}
     return replace(bundle, metadata={"description": CLUSTERS[cluster].description, **told})

@@ -8,7 +8,6 @@ import os
 import shutil
 import sqlite3
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,8 @@ from oneplusn.adapters.files import read_upload
 from oneplusn.adapters.registry import Registry
 from oneplusn.errors import ConfigError, StorageFull
 from prepared_bundles import prepared
+from registries import LETTERS, LETTERS_2, contents
 
-LETTERS = small_bundle(tasks=("vowels", "upper"))
-LETTERS_2 = small_bundle(tasks=("vowels", "lower"), seed=2)
 HOUR = 60 * 60
 
 
@@ -34,24 +32,9 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def registry(data) -> Iterator[Registry]:
-    opened = Registry(data, base_name="base")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def published(registry, tmp_path) -> Registry:
     registry.publish(*prepared(LETTERS, "letters", tmp_path))
     return registry
-
-
-def contents(folder: Path) -> set[str]:
-    return {
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if not path.name.startswith("registry.db")
-    }
 
 
 def reopen(registry: Registry, data: Path) -> Registry:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from statistics import mean
 
 import pytest
 
 import oneplusn
 from oneplusn.adapters.files import read_adapter
-from oneplusn.demo.build import accuracy
+from oneplusn.adapters.fingerprint import base_fingerprint
+from oneplusn.adapters.training.trainer import TrainSettings
+from oneplusn.demo.build import RECIPES, accuracy, train
 from oneplusn.demo.run import measure
 from oneplusn.demo.tasks import CLUSTERS, TASKS
+from oneplusn.errors import AdapterIncompatible
 from oneplusn.server.engine.model import demo_data
+from prepared_bundles import base_for, prepared
 
 MEASURED = json.loads((demo_data() / "accuracy.json").read_text())
+BASE = base_fingerprint(demo_data() / "base")
 ROWS = MEASURED["tasks"]
 
 
@@ -31,6 +37,32 @@ def test_table_is_of_the_adapters_that_ship() -> None:
     assert MEASURED["adapters"] == {cluster: bundle(cluster).digest for cluster in CLUSTERS}
     assert [row["task"] for row in ROWS] == list(TASKS)
     assert MEASURED["n"] == 512
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+class TestBase:
+    """Every bundle names the base that ships with it, and takes no other."""
+
+    def test_a_bundle_names_it(self, cluster) -> None:
+        assert bundle(cluster).base == BASE
+
+    def test_a_bundle_fits_it_without_a_warning(self, cluster, tmp_path) -> None:
+        base = base_for(bundle(cluster), fingerprint=BASE)
+        assert prepared(bundle(cluster), cluster, tmp_path, base=base)[0].report.warnings == []
+
+    def test_a_bundle_is_refused_on_another_by_name(self, cluster, tmp_path) -> None:
+        other = f"base:{'0' * 32}"
+        base = base_for(bundle(cluster), fingerprint=other)
+        with pytest.raises(AdapterIncompatible) as caught:
+            prepared(bundle(cluster), cluster, tmp_path, base=base)
+        assert caught.value.code == "base_mismatch"
+        assert f"trained on {BASE} and this base is {other}" in caught.value.message
+
+    def test_a_bundle_trained_again_names_it(self, cluster, monkeypatch) -> None:
+        settings = TrainSettings(steps=1, batch_size=2, progress=False)
+        recipe = replace(RECIPES[cluster], settings=settings, num_examples=8)
+        monkeypatch.setitem(RECIPES, cluster, recipe)
+        assert train(demo_data() / "base", cluster, seed=0).base == BASE
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["task"])

@@ -12,60 +12,47 @@ from oneplusn.server.grammars import GrammarSpec
 MODEL = "tiny-base"
 
 
-def error_of(answer: httpx.Response) -> dict[str, str | None]:
-    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
-    return answer.json()["error"]
-
-
 # What the clients `text-generation` 0.7.0 and `lorax-client` 0.6.3 send to the root.
-TGI = {
-    "inputs": "hi",
-    "parameters": {
+BOTH = {
+    "do_sample": False,
+    "max_new_tokens": 20,
+    "repetition_penalty": None,
+    "return_full_text": False,
+    "stop": [],
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "truncate": None,
+    "typical_p": None,
+    "best_of": None,
+    "watermark": False,
+    "details": True,
+    "decoder_input_details": False,
+}
+
+
+def tgi(**parameters: object) -> dict[str, object]:
+    """Return what text-generation-inference's client sends, with some parameters set."""
+    unset = {
         "adapter_id": None,
-        "do_sample": False,
-        "max_new_tokens": 20,
-        "repetition_penalty": None,
         "frequency_penalty": None,
-        "return_full_text": False,
-        "stop": [],
         "seed": None,
-        "temperature": None,
-        "top_k": None,
-        "top_p": None,
-        "truncate": None,
-        "typical_p": None,
-        "best_of": None,
-        "watermark": False,
-        "details": True,
-        "decoder_input_details": False,
         "top_n_tokens": None,
         "grammar": None,
-    },
-    "stream": False,
-}
+    }
+    return {"inputs": "hi", "parameters": BOTH | unset | parameters, "stream": False}
+
+
 LORAX = {
     "inputs": "hi",
     "parameters": {
+        **BOTH,
         "adapter_id": "upper",
         "adapter_source": None,
         "merged_adapters": None,
         "api_token": None,
-        "do_sample": False,
-        "max_new_tokens": 20,
         "ignore_eos_token": False,
-        "repetition_penalty": None,
-        "return_full_text": False,
-        "stop": [],
         "seed": 7,
-        "temperature": None,
-        "top_k": None,
-        "top_p": None,
-        "truncate": None,
-        "typical_p": None,
-        "best_of": None,
-        "watermark": False,
-        "details": True,
-        "decoder_input_details": False,
         "return_k_alternatives": 1,
         "response_format": None,
     },
@@ -73,9 +60,16 @@ LORAX = {
 }
 
 
+def refusal(answer: httpx.Response) -> tuple[int, str | None]:
+    """Return the status of a refusal, and the parameter that it names."""
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return answer.status_code, error["param"]
+
+
 class TestTextGenerationInference:
     def test_one_input_is_answered_by_a_list(self, http) -> None:
-        (answer,) = http.post("/", json=TGI).json()
+        (answer,) = http.post("/", json=tgi()).json()
         assert answer["generated_text"] == "hi"
         assert answer["details"].pop("seed") >= -(1 << 63)
         assert answer["details"] == {
@@ -99,7 +93,7 @@ class TestTextGenerationInference:
         assert isinstance(answer["system_fingerprint"], str)
 
     def test_a_stream(self, http) -> None:
-        answer = http.post("/", json={**TGI, "stream": True})
+        answer = http.post("/", json={**tgi(), "stream": True})
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = [json.loads(line[5:]) for line in answer.text.splitlines() if line]
         assert [event["token"]["text"] for event in events] == ["h", "i", ""]
@@ -119,10 +113,8 @@ class TestTextGenerationInference:
         ],
     )
     def test_what_would_change_the_answer_is_refused(self, http, field, value) -> None:
-        body = {**TGI, "parameters": {**TGI["parameters"], field: value}}
-        answer = http.post("/", json=body)
-        assert answer.status_code == 400
-        assert error_of(answer)["param"] == f"parameters.{field}"
+        answer = http.post("/", json=tgi(**{field: value}))
+        assert refusal(answer) == (400, f"parameters.{field}")
 
     @pytest.mark.parametrize(
         ("field", "value", "kind"),
@@ -138,8 +130,7 @@ class TestTextGenerationInference:
         ],
     )
     def test_the_form_of_an_answer(self, http, live, field, value, kind) -> None:
-        body = {**TGI, "parameters": {**TGI["parameters"], field: value}}
-        assert http.post("/", json=body).status_code == 200
+        assert http.post("/", json=tgi(**{field: value})).status_code == 200
         assert GrammarSpec.decode(live.core.submitted[-1].grammar).kind == kind
 
     @pytest.mark.parametrize(
@@ -164,8 +155,7 @@ class TestTextGenerationInference:
     )
     def test_forms_that_are_none(self, http, parameters, param) -> None:
         answer = http.post("/generate", json={"inputs": "a", "parameters": parameters})
-        assert answer.status_code == 400
-        assert error_of(answer)["param"] == param
+        assert refusal(answer) == (400, param)
 
 
 class TestLorax:
@@ -204,13 +194,10 @@ class TestLorax:
     )
     def test_refused(self, http, parameters, status, param) -> None:
         answer = http.post("/generate", json={"inputs": "hi", "parameters": parameters})
-        assert answer.status_code == status
-        assert error_of(answer)["param"] == param
+        assert refusal(answer) == (status, param)
 
     def test_task_and_adapter_id_must_agree(self, http) -> None:
         both = {"task": "add", "inputs": "hi", "parameters": {"adapter_id": "add"}}
         assert http.post("/generate", json=both).status_code == 200
         both["parameters"]["adapter_id"] = "upper"
-        answer = http.post("/generate", json=both)
-        assert answer.status_code == 400
-        assert error_of(answer)["param"] == "parameters.adapter_id"
+        assert refusal(http.post("/generate", json=both)) == (400, "parameters.adapter_id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -22,7 +21,6 @@ import oneplusn
 from oneplusn import cli
 from oneplusn.adapters.files import write_bundle
 from oneplusn.demo.tokenizer import END_ID, build_tokenizer
-from server_processes import engine_of
 from serving import wait_until
 from tiny_engines import cluster
 from tiny_models import tiny_model
@@ -237,30 +235,6 @@ class TestGivingUp:
         answer = server.http.post("/v1/completions", json={**asked, "timeout": 0.02})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         wait_until(lambda: self.in_use(server) == [0, 0])
-
-
-def test_adapters_answer_as_before_after_the_engine_was_killed(server, expected) -> None:
-    asked = body(PROMPTS, TASKS)
-    with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(server.http.post, "/generate", json=asked) for _ in range(8)]
-        os.kill(engine_of(server.popen.pid), signal.SIGKILL)
-        ends = [(answer.result().status_code, answer.result().json()) for answer in answers]
-    for status, content in ends:
-        if status == 200:
-            assert [item["generated_text"] for item in content] == expected
-        else:
-            assert (status, content["error"]["code"]) == (503, "engine_dead")
-
-    wait_until(lambda: server.http.get("/health/ready").status_code == 200, seconds=60)
-
-    content = server.http.post("/generate", json=asked).json()
-    assert [item["generated_text"] for item in content] == expected
-    assert [item["adapter"] for item in content] == [
-        "pair@1",
-        None,
-        "single@1",
-        "pair@1,single@1",
-    ]
 
 
 def test_the_command_line_answers_the_same(folders, expected, capsys) -> None:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from server_processes import Process, is_running, running
+from server_processes import KEYS, Process, Streams, error_of, is_running, running
 from serving import wait_until
 
 pytestmark = pytest.mark.e2e
 
 Serve = Callable[..., AbstractContextManager[Process]]
-Event = dict[str, Any]
 
 
 @pytest.fixture
@@ -46,42 +43,12 @@ def body(tokens: int) -> dict[str, object]:
     return {"task": None, "inputs": "endless", "parameters": parameters}
 
 
-class Streams:
-    """Streams on threads, all of which have begun: what each got last, and when it ended."""
-
-    def __init__(self, pool: ThreadPoolExecutor, url: str, count: int, *, tokens: int) -> None:
-        self._begun = threading.Semaphore(0)
-        self._ends = [pool.submit(self._read, url, tokens) for _ in range(count)]
-        for _ in range(count):
-            assert self._begun.acquire(timeout=10)
-
-    def _read(self, url: str, tokens: int) -> tuple[Event, float]:
-        with httpx.stream("POST", f"{url}/generate_stream", json=body(tokens)) as answer:
-            events = (json.loads(line[6:]) for line in answer.iter_lines() if line)
-            first = next(events)
-            self._begun.release()
-            *_, last = first, *events
-        return last, time.monotonic()
-
-    def ends(self) -> tuple[list[Event], float]:
-        """Return the last events, and when the last stream ended."""
-        ends = [future.result(timeout=30) for future in self._ends]
-        return [event for event, _ in ends], max(when for _, when in ends)
-
-
-def error_of(event: Event) -> tuple[str, set[str]]:
-    return event["error"]["code"], set(event["error"])
-
-
-KEYS = {"message", "type", "param", "code"}
-
-
 def test_a_death_ends_every_request_at_once_and_the_service_comes_back(serve, pool) -> None:
     with serve() as server:
         engine = server.engine
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(engine, number)  # the server's business, as when they go to a whole group
-        streams = Streams(pool, server.url, 8, tokens=240)
+        streams = Streams(pool, server.url, [body(240)] * 8)
         unary = pool.submit(httpx.post, f"{server.url}/generate", json=body(240))
 
         os.kill(engine, signal.SIGKILL)
@@ -110,7 +77,7 @@ def test_the_engine_gets_none_of_the_servers_environment(serve) -> None:
 
 def test_a_hang_is_a_death(serve, pool) -> None:
     with serve(step_timeout=0.5) as server:
-        streams = Streams(pool, server.url, 2, tokens=240)
+        streams = Streams(pool, server.url, [body(240)] * 2)
         engine = server.engine
 
         os.kill(engine, signal.SIGSTOP)
@@ -130,7 +97,7 @@ def test_a_hang_is_a_death(serve, pool) -> None:
 
 def test_sigterm_lets_streams_finish_and_takes_the_engine_along(serve, pool) -> None:
     with serve() as server:
-        streams = Streams(pool, server.url, 2, tokens=200)
+        streams = Streams(pool, server.url, [body(200)] * 2)
         engine = server.engine
 
         server.popen.terminate()

@@ -93,7 +93,7 @@ class Compiler:
         return TokenTable(self.vocab)
 
     @cached_property
-    def library(self) -> xgrammar.GrammarCompiler:
+    def compiler(self) -> xgrammar.GrammarCompiler:
         """The library's compiler for this vocabulary, on one thread."""
         import xgrammar
 
@@ -104,7 +104,7 @@ class Compiler:
 
     def load(self) -> None:
         """Load the library and the tokenizer now."""
-        assert self.library is not None
+        assert self.compiler is not None
         assert self.table is not None
 
     def compile(self, spec: GrammarSpec) -> Compiled:
@@ -119,13 +119,13 @@ class Compiler:
     def _compile(self, spec: GrammarSpec) -> xgrammar.CompiledGrammar:
         match spec.kind:
             case "json_schema":
-                return self.library.compile_json_schema(spec.text)
+                return self.compiler.compile_json_schema(spec.text)
             case "regex":
-                return self.library.compile_regex(spec.text)
+                return self.compiler.compile_regex(spec.text)
             case "ebnf":
-                return self.library.compile_grammar(spec.text)
+                return self.compiler.compile_grammar(spec.text)
             case "structural_tag":
-                return self.library.compile_structural_tag(spec.text)
+                return self.compiler.compile_structural_tag(spec.text)
 
 
 def read_vocab(folder: Path, vocab_size: int) -> list[bytes]:
