@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import msgspec
@@ -41,7 +42,7 @@ class Expert:
     rank: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ModuleDelta:
     """Hold what the experts add to one linear.
 
@@ -62,16 +63,16 @@ class ModuleDelta:
     gate: Tensor
     scale: Tensor
 
-    @property
+    @cached_property
     def weights(self) -> Tensor:
         """The factor of every expert in every task, [J, E] fp32; 0 where an expert is absent."""
         present = torch.tensor(self.ranks) > 0
         return (self.gate * self.scale).masked_fill(~present, 0.0)
 
-    @property
+    @cached_property
     def spans(self) -> tuple[slice, ...]:
         """The rank rows of each expert."""
-        stops = torch.tensor(self.ranks).cumsum(0).tolist()
+        stops = accumulate(self.ranks)
         return tuple(slice(stop - rank, stop) for rank, stop in zip(self.ranks, stops, strict=True))
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 1.0
 """How often the occupancy is told, which also says that the loop turns."""
-WRITE_SHARE = 0.05
+WRITE_SHARE = 0.08
 """How long a swap may hold up the next step, as a share of the last one."""
 MIN_WRITE_S = 0.0005
 """Seconds that it may take at least, or it would never come to an end beside short steps."""

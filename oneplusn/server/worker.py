@@ -31,14 +31,12 @@ from oneplusn.server.jobs.frames import (
     write_frame,
 )
 
-NICENESS = 10
 _log = logging.getLogger("oneplusn.worker")
 
 
 def main(lane: str) -> None:
     """Warm up, say so, and do jobs until nobody asks any more."""
     logging.basicConfig(stream=sys.stderr, format="%(name)s %(levelname)s %(message)s")
-    os.nice(NICENESS)
     calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the replies
     modules = {name: import_module(job.module) for name, job in JOBS.items() if job.lane == lane}

@@ -62,7 +62,6 @@ def run(request):
         case "print": print("noise"); os.write(1, b"noise")
         case "fill":
             with open("fill", "wb") as file: file.truncate(1 << 40)
-        case "nice": return Result(str(os.nice(0)))
         case "env": return Result(",".join(sorted(os.environ)))
         case "loaded": return Result(str("json" in sys.modules))
         case "pid": return Result(str(os.getpid()))
@@ -264,9 +263,6 @@ class TestProcess:
     async def test_what_a_job_prints_is_no_reply(self, odd, capfd) -> None:
         assert await ask(odd, "print") == "print"
         assert "noise" in capfd.readouterr().err
-
-    async def test_it_gives_way_to_the_engine(self, odd) -> None:
-        assert int(await ask(odd, "nice")) == os.nice(0) + 10
 
     async def test_it_knows_none_of_our_settings(self, odd) -> None:
         names = (await ask(odd, "env")).split(",")

@@ -11,7 +11,7 @@ from oneplusn.server.engine_process import write_seconds
     ("last_step", "seconds"),
     [
         pytest.param(None, 0.02, id="no step waits"),
-        pytest.param(0.04, 0.002, id="a twentieth of a step"),
+        pytest.param(0.04, 0.0032, id="a share of a step"),
         pytest.param(0.001, 0.0005, id="never nothing"),
         pytest.param(0.0, 0.0005, id="before the first step"),
     ],
