@@ -168,12 +168,33 @@ class AdaptedLinear(nn.Module):
         return self._group.output(self._index, x)
 
 
+class AdaptedSite(nn.Module):
+    """A base linear that computes all slices of a site side by side, plus the site's delta."""
+
+    def __init__(self, base: nn.Module, site: Site, handle: StepHandle) -> None:
+        super().__init__()
+        self.base = base
+        self._site = site
+        self._handle = handle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `base(x)` plus the delta of the current step's plan: `[T, K]` -> `[T, N]`."""
+        y: torch.Tensor = self.base(x)
+        step = self._handle.current
+        if step is not None and not step.plan.empty:
+            gated_delta(y.split(self._site.spec.slices, dim=-1), x, self._site, step.plan)
+        return y
+
+
 class Attached:
     """The wrapped linears of one model; made by `attach`."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[SiteGroup]) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[SiteGroup], wrapped: Mapping[str, nn.Module]
+    ) -> None:
         self._model = model
         self._groups = tuple(groups)
+        self._wrapped = dict(wrapped)
 
     def check_step_end(self) -> None:
         """Check that every sibling fetched its output; drop what is left.
@@ -191,21 +212,36 @@ class Attached:
         for group in self._groups:
             for path, member in zip(group.site.spec.modules, group.members, strict=True):
                 self._model.set_submodule(path, member.base)
-        self._groups = ()
+        for path, base in self._wrapped.items():
+            self._model.set_submodule(path, base)
+        self._groups, self._wrapped = (), {}
 
 
 def attach(model: nn.Module, sites: Mapping[str, Site], handle: StepHandle) -> Attached:
     """Wrap the linears of `sites` in `model`, so that each adds the delta of the current plan.
 
     While `handle.current` is None or its plan is empty, the model computes exactly what it did.
-    Modules keep their identity and parameters, so tied weights stay tied.
+    Modules keep their identity and parameters, so tied weights stay tied. Where a model has one
+    linear for all slices of a site, under the site's name, that one is wrapped.
     """
-    groups = []
-    for site in sites.values():
+    groups: list[SiteGroup] = []
+    wrapped: dict[str, nn.Module] = {}
+    for name, site in sites.items():
+        if len(site.spec.modules) > 1 and _has_module(model, name):
+            fused = model.get_submodule(name)
+            assert _features(fused) == (site.spec.in_features, site.spec.out_features), name
+            model.set_submodule(name, AdaptedSite(fused, site, handle))
+            wrapped[name] = fused
+            continue
         group = SiteGroup(site, handle)
         for path, width in zip(site.spec.modules, site.spec.slices, strict=True):
             base = model.get_submodule(path)
             assert _features(base) == (site.spec.in_features, width), path
             model.set_submodule(path, AdaptedLinear(base, group))
         groups.append(group)
-    return Attached(model, groups)
+    return Attached(model, groups, wrapped)
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    parent, _, leaf = path.rpartition(".")
+    return hasattr(model.get_submodule(parent), leaf)

@@ -197,8 +197,9 @@ def _disassemble(cubin: bytes) -> str:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
-        # Triton's own tool, on a file of our own.
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+        return subprocess.run(  # noqa: S603 - Triton's own tool, on a file of our own
+            command, capture_output=True, text=True, check=True
+        ).stdout
 
 
 def _width(suffix: str) -> int:

@@ -4,7 +4,8 @@ Layout: a cache is `[blocks * block_size, Hkv, D]` to its users and head-major i
 the rows of one block and one KV head are contiguous: a gather by block table then yields
 `[Hkv, B, L, D]`, which is a batched matrix product's operand as it stands.
 
-Decode rows are computed together, the query heads of a KV group being the rows of one product.
+Decode rows go through a compiled kernel where there is one (`attention_native`). Without it they
+are computed together, the query heads of a KV group being the rows of one product.
 With 16 sequences of 128 tokens, 9/3 heads of 64, bf16 and one thread this took 441 us a layer,
 SDPA on the same gathered rows 616, SDPA sequence by sequence 882. Prefill rows go through SDPA
 sequence by sequence, except where the model needs a softcap or sinks, which SDPA does not know.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from oneplusn.kernels import attention_native
 from oneplusn.kernels.buffers import zeros
 
 # Decode rows share a product when their contexts are in one class: up to 256 tokens, up to 512,
@@ -125,8 +127,12 @@ def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, kv_pos: Ten
         k_cache [blocks * block_size, Hkv, D], v_cache [blocks * block_size, Hkv, Dv], in place;
         k [T, Hkv, D], v [T, Hkv, Dv] of the caches' dtype, strided; kv_pos int64 [T], distinct.
     """
-    k_cache[kv_pos] = torch.nan_to_num(k)
-    v_cache[kv_pos] = torch.nan_to_num(v)
+    if attention_native.takes(k.dtype):
+        attention_native.write(k_cache, k, kv_pos)
+        attention_native.write(v_cache, v, kv_pos)
+    else:
+        k_cache[kv_pos] = torch.nan_to_num(k)
+        v_cache[kv_pos] = torch.nan_to_num(v)
 
 
 def paged_attention(
@@ -159,7 +165,11 @@ def paged_attention(
     y = q.new_empty(q.shape[0], q.shape[1], v_dim)
     if sinks is not None:
         sinks = sinks.float().view(heads, -1)
-    for group in meta.decode_groups(view) if meta.num_decodes else ():
+    native = attention_native.serves(q, v_cache)
+    if native and meta.num_decodes:
+        scores = attention_native.Scores(scale, window, softcap, sinks)
+        attention_native.decode(y, q, k_cache, v_cache, meta, scores)
+    for group in meta.decode_groups(view) if meta.num_decodes and not native else ():
         k = k_blocks.index_select(0, group.gather).view(heads * group.size, -1, q.shape[2])
         v = v_blocks.index_select(0, group.gather).view(heads * group.size, -1, v_dim)
         rows = q[: group.size] if group.rows is None else q.index_select(0, group.rows)

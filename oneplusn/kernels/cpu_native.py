@@ -46,10 +46,8 @@ def gated_delta(
 def _add_few(
     ys: Sequence[torch.Tensor], x: torch.Tensor, site: Site, step: native.StepArguments
 ) -> None:
-    library = native.library()
-    assert library is not None, "chosen without a compiled library"
     count = len(ys)
-    library.oneplusn_delta(
+    native.required().oneplusn_delta(
         site.arguments.site(site),
         step,
         x.dtype == torch.bfloat16,

@@ -1,8 +1,8 @@
 """Build and load the compiled kernels of the CPU, where a C++ compiler is at hand.
 
-The source lies beside this file; it is compiled for this machine's processor in about two seconds
+The source lies beside this file; it is compiled for this machine's processor in some seconds
 when it is first used, and kept in the user's cache under a name that holds everything it depends
-on. `ONEPLUSN_KERNELS=slabs` does without.
+on. `ONEPLUSN_KERNELS=torch` does without.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ from oneplusn.kernels.plan import IntArray, Site
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("csrc") / "delta.cpp"
+SOURCES = Path(__file__).with_name("csrc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 COMPILE_S = 120.0
 """Seconds after which a compiler is given up."""
 SITE_ARRAYS = ("run_first", "run_rows", "gate_first", "gates")
 """Arrays of a `SiteTable` that the kernel reads, in its order."""
+ATTENTION_ARRAYS = ("block_tables", "context_lens", "sinks")
+"""What attention reads besides queries, keys and values."""
+
+
+Library = ctypes.CDLL
 
 
 class SiteArguments(ctypes.Structure):
@@ -51,6 +56,43 @@ class StepArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in Uses._fields),
         *((name, ctypes.c_int32) for name in ("num_runs", "num_rows", "num_clusters", "num_uses")),
     )
+
+
+class AttentionArguments(ctypes.Structure):
+    """`Attention` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", *ATTENTION_ARRAYS)),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("q_row_stride", "q_head_stride", "tokens", "table_stride")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("rows", "kv_heads", "group", "k_dim", "v_dim", "block_size", "window")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
+_address, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+SIGNATURES = {
+    "oneplusn_delta": [
+        ctypes.POINTER(SiteArguments),
+        ctypes.POINTER(StepArguments),
+        *(_int, _address, _long),
+        *(ctypes.POINTER(_address), ctypes.POINTER(_long), _int),
+    ],
+    "oneplusn_attention": [ctypes.POINTER(AttentionArguments), _int, _int],
+    "oneplusn_write_cache": [_address, _address, _address, *[_int] * 4, *[_long] * 3],
+    "oneplusn_rms_norm": [*[_address] * 4, _int, _long, _long, _float, _int],
+    "oneplusn_rotate": [
+        *(_address, _long, *[_address] * 4),
+        *(_int, _long, _int, _int, _long, _float, _int),
+    ],
+    "oneplusn_silu_mul": [_address, _address, _int, _long, _long, _int],
+}
+"""Arguments of every function of the library; none returns anything."""
 
 
 class Arguments:
@@ -89,12 +131,19 @@ class Arguments:
         return self._step[1]
 
 
+def required() -> Library:
+    """Return the compiled kernels, for those who were chosen because they are there."""
+    loaded = library()
+    assert loaded is not None, "chosen without a compiled library"
+    return loaded
+
+
 @cache
-def library() -> ctypes.CDLL | None:
+def library() -> Library | None:
     """Return the compiled kernels; None, with the reason logged once, where there are none."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        logger.info("no C++ compiler: deltas on CPU take the slower way; install g++ to change it")
+        logger.info("no C++ compiler: the CPU computes the slower way; install g++ to change it")
         return None
     try:
         loaded = ctypes.CDLL(str(_built(compiler)))
@@ -102,17 +151,9 @@ def library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logger.warning("compiling the CPU's kernels failed, going the slower way: %s", detail)
         return None
-    loaded.oneplusn_delta.restype = None
-    loaded.oneplusn_delta.argtypes = [
-        ctypes.POINTER(SiteArguments),
-        ctypes.POINTER(StepArguments),
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.POINTER(ctypes.c_void_p),
-        ctypes.POINTER(ctypes.c_int64),
-        ctypes.c_int,
-    ]
+    for name, types in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = None, types
     return loaded
 
 
@@ -124,12 +165,13 @@ def _built(compiler: str) -> Path:
         subprocess.SubprocessError: The compiler fails, or takes too long.
     """
     version = _output([compiler, "--version"])
-    identity = "\n".join([SOURCE.read_text("utf-8"), *FLAGS, version, _processor()])
-    target = _cache_folder() / f"delta-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    texts = [path.read_text("utf-8") for path in sorted(SOURCES.iterdir())]
+    identity = "\n".join([*texts, *FLAGS, version, _processor()])
+    target = _cache_folder() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            _output([compiler, *FLAGS, "-o", str(made), str(SOURCE)])
+            _output([compiler, *FLAGS, "-o", str(made), *map(str, sorted(SOURCES.glob("*.cpp")))])
             made.replace(target)
     return target
 

@@ -34,7 +34,7 @@ class GatedDelta(Protocol):
 def _best_of_cpu() -> GatedDelta:
     from oneplusn.kernels import native
 
-    return _native() if native.library() else _slabs()
+    return _native() if native.library() else _torch()
 
 
 def _native() -> GatedDelta:
@@ -43,13 +43,13 @@ def _native() -> GatedDelta:
     if native.library() is None:
         msg = (
             "ONEPLUSN_KERNELS='native' needs a C++ compiler that works, and the log says what "
-            "failed here; install g++, or set ONEPLUSN_KERNELS='slabs'"
+            "failed here; install g++, or set ONEPLUSN_KERNELS='torch'"
         )
         raise ConfigError(msg)
     return cpu_native.gated_delta
 
 
-def _slabs() -> GatedDelta:
+def _torch() -> GatedDelta:
     from oneplusn.kernels import cpu
 
     return cpu.gated_delta
@@ -82,13 +82,18 @@ _BACKENDS: dict[str, dict[str, Callable[[], GatedDelta]]] = {
     "cpu": {
         "cpu": _best_of_cpu,
         "native": _native,
-        "slabs": _slabs,
+        "torch": _torch,
         "reference": _reference,
         "triton": _interpreted_triton,
     },
     "cuda": {"triton": _triton, "reference": _reference},
 }
 _ELSEWHERE: dict[str, Callable[[], GatedDelta]] = {"reference": _reference}
+
+
+def compiled() -> bool:
+    """Tell whether the CPU computes with the compiled kernels."""
+    return backend("cpu").__module__ == "oneplusn.kernels.cpu_native"
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oneplusn.kernels import attention_native
 from oneplusn.kernels.cpu_attention import AttentionMeta, new_cache, paged_attention, write_kv
 from tolerances import assert_close
 
@@ -140,7 +141,14 @@ def sequences(longest: int) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
 
 
 shapes = st.sampled_from(
-    [Shape(), Shape(heads=2), Shape(heads=4, kv_heads=1, k_dim=12, v_dim=8), Shape(3, 3, 4, 4)]
+    [
+        Shape(),
+        Shape(heads=2),
+        Shape(heads=4, kv_heads=1, k_dim=12, v_dim=8),
+        Shape(3, 3, 4, 4),
+        Shape(6, 2, 32, 32),
+        Shape(5, 1, 64, 96),
+    ]
 )
 
 
@@ -174,6 +182,40 @@ def test_bf16_differs_by_rounding_only(softcap) -> None:
     actual, expected = paged.attend(softcap=softcap)
     assert actual.dtype == torch.bfloat16
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, 0), (40, 3.0, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(9, 3, 64, 64), Shape(7, 1, 128, 128), Shape(2, 2, 96, 32), Shape(4, 2, 32, 256)],
+    ids=str,
+)
+def test_the_compiled_kernel_takes_heads_of_whole_blocks(
+    shape, window, softcap, sinks, dtype
+) -> None:
+    paged = Paged(Case(((1, 700), (1, 3), (1, 1), (1, 16), (1, 65)), shape, dtype))
+    assert attention_native.serves(torch.cat(paged.queries), paged.v_cache)
+    column = torch.linspace(-1, 1, shape.heads) if sinks else None
+    actual, expected = paged.attend(window, softcap, column)
+    assert_close(actual, expected)
+
+
+def test_a_decode_row_has_the_same_bits_beside_any_other() -> None:
+    shape = Shape(9, 3, 64, 64)
+    paged = Paged(Case(((1, 300), (1, 5), (1, 17)), shape, torch.bfloat16))
+    together, _ = paged.attend()
+    for row in range(3):
+        alone = replace(
+            paged.meta,
+            context_lens=paged.meta.context_lens[row : row + 1],
+            block_tables=paged.meta.block_tables[row : row + 1].contiguous(),
+            query_start=torch.tensor([0, 1], dtype=torch.int32),
+            num_decodes=1,
+        )
+        q = paged.queries[row]
+        found = paged_attention(q, paged.k_cache, paged.v_cache, alone, scale=0.3)
+        assert torch.equal(found[0], together[row])
 
 
 def test_q_may_be_a_transposed_view() -> None:

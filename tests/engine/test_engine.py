@@ -266,7 +266,7 @@ def test_step_without_work_says_nothing() -> None:
     assert tiny_engine("llama").step().outputs == []
 
 
-@pytest.mark.parametrize("family", ["llama"], scope="module")
+@pytest.mark.parametrize("family", ["llama", "gemma2"], scope="module")
 @pytest.mark.parametrize("where", ["model", "sampler"])
 def test_fault_ends_the_requests_of_its_step_and_no_others(
     family, bundles, jobs, solo, where, monkeypatch
@@ -282,8 +282,10 @@ def test_fault_ends_the_requests_of_its_step_and_no_others(
 
     with monkeypatch.context() as patch:
         if where == "model":
-            # Deep in the model: siblings of a site already wait for their outputs.
-            patch.setattr(engine.model.model.model.layers[1].self_attn.k_proj, "forward", broken)
+            # Deep in the model; on the generic path siblings already wait for their outputs.
+            name = "o_proj" if family == "llama" else "k_proj"
+            attention = engine.model.model.model.layers[1].self_attn
+            patch.setattr(attention.get_submodule(name), "forward", broken)
         else:
             patch.setattr(engine._sampler, "sample", broken)
         failed = engine.step().outputs

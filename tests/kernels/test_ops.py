@@ -29,7 +29,7 @@ def _forget_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("", "cpu", cpu_native.gated_delta),
         ("cpu", "cpu", cpu_native.gated_delta),
         ("native", "cpu", cpu_native.gated_delta),
-        ("slabs", "cpu", cpu.gated_delta),
+        ("torch", "cpu", cpu.gated_delta),
         ("triton", "cpu", triton_backend.gated_delta),
         (None, "cuda", triton_backend.gated_delta),
         ("reference", "cpu", reference.gated_delta),
@@ -54,14 +54,14 @@ def test_the_compiled_kernel_cannot_be_forced_without_a_compiler(
 ) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setenv("ONEPLUSN_KERNELS", "native")
-    with pytest.raises(ConfigError, match=r"install g\+\+, or set ONEPLUSN_KERNELS='slabs'"):
+    with pytest.raises(ConfigError, match=r"install g\+\+, or set ONEPLUSN_KERNELS='torch'"):
         ops.backend("cpu")
 
 
 @pytest.mark.parametrize(
     ("forced", "device", "choices"),
     [
-        ("cuda", "cpu", "cpu, native, slabs, reference, triton"),
+        ("cuda", "cpu", "cpu, native, torch, reference, triton"),
         ("cpu", "cuda", "triton, reference"),
         ("cpu", "meta", "reference"),
     ],

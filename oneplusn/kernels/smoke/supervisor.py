@@ -127,8 +127,9 @@ class Supervisor:
         """Run a process to its end; return why it was lost, or nothing."""
         command = self.command(self.first, self._avoid)
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        # This interpreter, with a module of ours.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, with a module of ours
+            command, stdout=subprocess.PIPE, text=True
+        )
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         try:
             while True:

@@ -54,7 +54,7 @@ def _do(item: Item, orders: Orders) -> tuple[Outcome, bool]:
     try:
         return item.run(until), True
     except Exception as error:
-        # Whatever it is, it belongs in this row, and the other items are to be done.
+        # A kernel or a compiler raises what it likes: it belongs in this row, and the rest is done.
         traceback.print_exc()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON]}"
     try:
@@ -78,7 +78,9 @@ def facts(device: torch.device) -> dict[str, str]:
         return {"device": "", **versions}
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+        found = subprocess.run(  # noqa: S603 - fixed words, nothing of a caller's
+            command, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         driver = "unknown"
     else:

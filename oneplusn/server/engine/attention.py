@@ -183,7 +183,7 @@ def _register(method: Callable[..., tuple[Tensor, None]]) -> str:
     name = f"oneplusn_{next(_numbers)}"
     weak = WeakMethod(method)
 
-    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # noqa: ANN401
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # noqa: ANN401 - the method's
         strong = weak()
         assert strong is not None, f"what was registered as {name} is gone"
         return strong(*args, **kwargs)

@@ -18,6 +18,7 @@ from oneplusn.adapters.fingerprint import base_fingerprint
 from oneplusn.errors import ConfigError, ModelRefused
 from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.attention import LayerShape
+from oneplusn.server.engine.families import accelerate
 from oneplusn.server.engine.linear import PackedLinear, pack_linears
 from oneplusn.server.engine.memory import check_weights_fit
 from oneplusn.server.engine.probe import ProbeReport, probe
@@ -36,7 +37,8 @@ class LoadedModel:
     """A base model that passed its probe.
 
     Attributes:
-        model: The Hugging Face model, in inference mode, its linears packed where that helps.
+        model: The Hugging Face model, in inference mode, its layers replaced by fast ones and its
+            linears packed where that helps.
         folder: Where its tokenizer lies.
         dtype: Of the activations.
         eos_ids: Tokens that end a sequence.
@@ -112,9 +114,10 @@ def prepare_model(model: PreTrainedModel, folder: Path, *, fingerprint: str = ""
         ModelRefused: It failed its probe, or does not say how long its context is.
     """
     model.eval().requires_grad_(requires_grad=False)
-    report = probe(model)
-    max_model_len = _max_model_len(model.config, report.layers)
     sites = tuple(find_sites(model))
+    report = probe(model, accelerate)
+    max_model_len = _max_model_len(model.config, report.layers)
+    accelerate(model)
     pack_linears(model)
     return LoadedModel(
         model=model,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,12 +65,19 @@ class _Span(NamedTuple):
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel) -> ProbeReport:
+def probe(
+    model: PreTrainedModel, change: Callable[[PreTrainedModel], bool] | None = None
+) -> ProbeReport:
     """Compare ragged steps over a paged cache with the model's own attention.
 
     Three sequences, one longer than any window that is short enough: a prompt in two chunks, a
     whole prompt beside it, decode rows beside chunks, then decode rows alone. Leaves the model
     with its own plain attention.
+
+    Args:
+        model: In inference mode.
+        change: Replaces parts of a model by faster ones, if it can; then what it has made is
+            compared with the original's logits too. The model is changed, or a copy of it.
 
     Raises:
         ModelRefused: With what was counted and measured.
@@ -81,6 +88,25 @@ def probe(model: PreTrainedModel) -> ProbeReport:
         model, exact = copy.deepcopy(model).float(), True
     sequences = _sequences(model, layers)
     expected = [_own_logits(model, tokens) for tokens in sequences]
+    report = _verdict(model, layers, sequences, expected, exact=exact)
+    if change is not None and change(model):
+        report = _verdict(model, layers, sequences, expected, exact=exact)
+    return report
+
+
+def _verdict(
+    model: PreTrainedModel,
+    layers: tuple[LayerShape, ...],
+    sequences: list[Tensor],
+    expected: list[Tensor],
+    *,
+    exact: bool,
+) -> ProbeReport:
+    """Compare a model's logits through the hook with those that are expected.
+
+    Raises:
+        ModelRefused: They are too far off.
+    """
     actual = _paged_logits(model, layers, sequences)
     errors = torch.cat(actual).double() - torch.cat(expected).double()
     error = errors.abs().max() if exact else errors.square().mean().sqrt()

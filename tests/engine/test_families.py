@@ -1,0 +1,83 @@
+"""Fast layers compute what the layers of transformers do, with adapters and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oneplusn.errors import ModelRefused
+from oneplusn.kernels import ops
+from oneplusn.server.engine import families
+from oneplusn.server.engine.families import FastLayer, accelerate
+from oneplusn.server.engine.model import prepare_model
+from oneplusn.server.engine.probe import probe
+from tiny_models import tiny_model
+
+FAST = ("llama", "qwen2", "qwen3", "mistral")
+SHAPES = [{}, {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=["heads of 8", "heads of 32"])
+@pytest.mark.parametrize("family", FAST)
+def test_a_fast_model_has_the_logits_of_its_original(family: str, changes: dict) -> None:
+    if family == "qwen3" and changes:
+        changes = changes | {"head_dim": 32}
+    model = tiny_model(family, **changes)
+    report = probe(model, accelerate)  # compares with the original's logits
+    assert all(isinstance(layer, FastLayer) for layer in model.model.layers)
+    assert report.error < report.bound
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt2", "mixtral"])
+def test_other_families_stay_as_they_are(family: str) -> None:
+    model = tiny_model(family)
+    before = [type(module) for module in model.modules()]
+    assert not accelerate(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_another_activation_is_left_alone() -> None:
+    assert not accelerate(tiny_model("llama", hidden_act="gelu"))
+
+
+def test_biases_go_along() -> None:
+    model = tiny_model("llama", attention_bias=True)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer.self_attn.get_submodule(name).bias.data.normal_()
+    assert probe(model, accelerate).error < 1e-4
+    assert isinstance(model.model.layers[0], FastLayer)
+
+
+def test_without_the_compiled_kernels_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "compiled", lambda: False)
+    assert not accelerate(tiny_model("llama"))
+
+
+def test_half_precision_takes_the_generic_path() -> None:
+    assert not accelerate(tiny_model("llama").half())
+
+
+def test_a_fast_layer_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(families, "silu_mul", lambda x: x[:, : x.shape[1] // 2].contiguous())
+    with pytest.raises(ModelRefused, match="off by"):
+        probe(tiny_model("llama"), accelerate)
+
+
+def test_sites_are_those_of_the_original(tmp_path) -> None:
+    generic, fast = tiny_model("llama"), tiny_model("llama")
+    loaded = prepare_model(fast, tmp_path)
+    assert isinstance(fast.model.layers[0], FastLayer)
+    names = [name for name, _ in generic.named_modules()]
+    for site in loaded.sites:
+        assert set(site.modules) <= set(names)
+        assert fast.get_submodule(site.name).out_features == sum(site.slices)
+
+
+def test_tied_embeddings_stay_tied(tmp_path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    expected = model.get_input_embeddings().weight.clone()
+    prepare_model(model, tmp_path)
+    assert torch.equal(model.get_input_embeddings().weight, expected)
