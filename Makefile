@@ -6,13 +6,17 @@ STAMP := $(VENV)/.installed
 # A GPU machine may bring its own Python with torch and Triton, into which nothing is installed.
 PYTHON_GPU ?= $(BIN)/python
 OTHER_TRITON := $(VENV)/triton-3.6/.installed
+# Clients of others, in environments of their own: no torch, and nothing of ours but the server.
+ACCEPTANCE := $(VENV)/acceptance
+CLIENTS := tests/acceptance
+MEET := ACCEPTANCE_SERVER=$(CURDIR)/$(BIN)/oneplusn ACCEPTANCE_NODE=$(CURDIR)/$(ACCEPTANCE)/node
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # Keep the current folder off sys.path: kernels/ and adapters/ are names of other packages.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test check fmt lint types bench bench-swap other-triton kernel-report gpu-smoke container-steps clean
+.PHONY: help install serve demo test check fmt lint types acceptance bench bench-swap other-triton kernel-report gpu-smoke container-steps clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +29,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(OTHER_TRITON): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.6.0
+	touch $@
+
+$(ACCEPTANCE)/openai-%/.installed: $(CLIENTS)/requirements-openai-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(ACCEPTANCE)/node/.installed: $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	npm ci --prefix $(@D) --no-audit --no-fund
 	touch $@
 
 install: $(STAMP) ## make .venv with the pinned versions
@@ -50,6 +65,13 @@ lint: $(STAMP) ## ruff, without changing anything
 
 types: $(STAMP) ## mypy in strict mode
 	$(BIN)/mypy -p oneplusn
+
+acceptance: $(STAMP) $(patsubst %,$(ACCEPTANCE)/%/.installed,openai-2 openai-3 node) ## real clients against a real server (minutes, Node 20)
+	cd $(CLIENTS) && $(MEET) $(CURDIR)/$(ACCEPTANCE)/openai-2/bin/pytest \
+		test_openai.py test_litellm.py test_llama_index.py test_instructor.py
+	cd $(CLIENTS) && $(MEET) $(CURDIR)/$(ACCEPTANCE)/openai-3/bin/pytest \
+		test_openai.py test_openai_npm.py test_langchain_openai.py test_text_generation.py \
+		test_lorax.py test_schemathesis.py
 
 bench: $(STAMP) ## measure throughput and latency, and print where
 	$(BIN)/python -m oneplusn.loadtest.bench

@@ -20,6 +20,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What imports clients of others runs where these are installed: `make acceptance`.
+collect_ignore = ["acceptance"]
+
 # A deadline per example measures the neighbours on a shared machine, not the code.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
