@@ -1,4 +1,11 @@
-"""Plain LoRA, one expert a task (arXiv 2106.09685): delta = (alpha / r) B A x."""
+"""Plain LoRA (arXiv 2106.09685, section 4.1): y = W x + (alpha / r) B A x.
+
+Two ways to give it several tasks, the ends between which the gated methods lie: one LoRA of its
+own for each task, where nothing is shared, and one LoRA for all, where nothing is apart.
+
+Deviation: alpha is r unless set, so the scale is 1 at any rank. The paper sets alpha to the first
+rank that it tries and then leaves it, which at that rank is the same.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from oneplusn.adapters.bundle import Expert
-from oneplusn.adapters.methods.base import Gate, Method
-
-
-class FixedGate(Gate):
-    """A gate without parameters."""
-
-    rows: Tensor
-
-    def __init__(self, rows: Tensor) -> None:
-        """Keep the gate rows [J, E]."""
-        super().__init__()
-        self.register_buffer("rows", rows)
-
-    def forward(self) -> Tensor:
-        """Return G [J, E]."""
-        return self.rows
+from oneplusn.adapters.methods.base import RANK, FixedGate, Gate, Method, one_per_task
+from oneplusn.adapters.methods.settings import setting
 
 
 @dataclass(frozen=True)
 class LoraPerTask(Method):
-    """One LoRA of its own for each task; nothing is shared but the batch.
+    """One LoRA of its own for each task; nothing is shared but the batch."""
 
-    Args:
-        rank: rows of each task's A.
-        alpha: the scale is alpha / rank; None means rank, a scale of 1.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = setting(8, "rank rows of each task's LoRA", RANK)
 
     name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "one plain LoRA for each task; nothing is shared"
 
     def experts(self) -> tuple[Expert, ...]:
         """One own expert per task."""
-        return tuple(Expert(task, "own", task, self.rank) for task in self.tasks)
+        return one_per_task(self.tasks, self.rank)
 
-    def scales(self) -> Tensor:
-        """Alpha / r for each."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return torch.full((self.num_tasks,), alpha / self.rank)
+    def own_scales(self) -> Tensor:
+        """1 for each."""
+        return torch.ones(self.num_tasks)
 
     def shared(self) -> nn.Module | None:
         """Nothing is shared."""
@@ -58,3 +45,30 @@ class LoraPerTask(Method):
         """The identity: each task sees its own expert only."""
         del shared
         return FixedGate(torch.eye(self.num_tasks))
+
+
+@dataclass(frozen=True)
+class SharedLora(Method):
+    """One LoRA for all tasks; nothing tells them apart."""
+
+    rank: int = setting(8, "rank rows of the one LoRA", RANK)
+
+    name: ClassVar[str] = "shared-lora"
+    summary: ClassVar[str] = "one plain LoRA for all tasks; nothing tells them apart"
+
+    def experts(self) -> tuple[Expert, ...]:
+        """One common expert."""
+        return (Expert("shared", "common", None, self.rank),)
+
+    def own_scales(self) -> Tensor:
+        """1."""
+        return torch.ones(1)
+
+    def shared(self) -> nn.Module | None:
+        """No gate has parameters."""
+        return None
+
+    def gate(self, shared: nn.Module | None) -> Gate:
+        """1 for every task."""
+        del shared
+        return FixedGate(torch.ones(self.num_tasks, 1))
