@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -100,7 +100,8 @@ class Churn:
         name: The adapter's.
         packages: What is uploaded, one after the other.
         ask: Makes a request to a task; needed to run.
-        uploads: Whether a version that the server has is sent again, or activated by its number.
+        how: Whether a version that the server has is sent again ("upload"), activated by its number
+            ("activate"), or left as it is ("ask"), so that the requests alone can be measured.
         tasks: Tasks of the adapter, known after the first upload.
         numbers: Versions by the content of what made them.
         swaps: What was done.
@@ -116,7 +117,7 @@ class Churn:
     per_second: float
     timeout: float
     ask: Callable[[str], bytes] | None = None
-    uploads: bool = True
+    how: Literal["upload", "activate", "ask"] = "upload"
     tasks: tuple[str, ...] = ()
     swaps: list[Swap] = field(default_factory=list)
     prepared: int = 1
@@ -164,12 +165,17 @@ class Churn:
         return True
 
     async def _swap(self, package: Package, due: float) -> None:
-        swap = Swap(package.content, due, time.perf_counter())
+        before = self.swaps[-1]
+        content = before.content if self.how == "ask" else package.content
+        swap = Swap(content, due, time.perf_counter())
         self.swaps.append(swap)
         try:
             # In a thread with a blocking socket: the loop would stall on megabytes.
-            send = self._upload if self.uploads else self._activate
-            description = await asyncio.to_thread(send, package)
+            if self.how == "ask":
+                description = {"id": before.version}
+            else:
+                send = self._upload if self.how == "upload" else self._activate
+                description = await asyncio.to_thread(send, package)
             swap.answered, swap.version = time.perf_counter(), description["id"]
             answer = await self._probe()
         except LoadFailed as error:

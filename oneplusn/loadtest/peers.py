@@ -82,7 +82,7 @@ def median_run(runs: Sequence[PeerCase]) -> PeerCase:
     return sorted(runs, key=lambda run: run.tokens_per_s)[(len(runs) - 1) // 2]
 
 
-def measure(name: str, model: Any, work: Work, **extra: object) -> PeerCase:  # noqa: ANN401
+def measure(name: str, model: Any, work: Work, **extra: object) -> PeerCase:  # noqa: ANN401 - transformers' own
     """Generate once to warm up and `repeats` times; return the run of median throughput."""
     import torch
     from transformers import StoppingCriteriaList
@@ -108,7 +108,7 @@ def measure(name: str, model: Any, work: Work, **extra: object) -> PeerCase:  # 
     return median_run(runs[1:])
 
 
-def load(folder: Path) -> Any:  # noqa: ANN401
+def load(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
     """Load the base model in bf16, with an end of text that never comes."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -37,7 +37,7 @@ def named(adapters: Mapping[str, Path], option: str) -> list[str]:
     return [word for name, path in adapters.items() for word in (option, f"{name}={path}")]
 
 
-def run_json(command: Sequence[str], *, threads: int, limit_s: float) -> Any:  # noqa: ANN401
+def run_json(command: Sequence[str], *, threads: int, limit_s: float) -> Any:  # noqa: ANN401 - JSON
     """Run a command to its end and decode the last line that it prints; None if it prints none.
 
     Raises:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 from oneplusn.loadtest import marked
 from oneplusn.loadtest.churn import Churn, Package
@@ -122,11 +123,16 @@ class Storm:
         self.findings.faults += self.ledger.check(outcome.records)
         self.findings.requests += len(outcome.records)
 
-    def churn(self, packages: Iterator[Package], per_second: float, *, uploads: bool) -> Churn:
+    def churn(
+        self,
+        packages: Iterator[Package],
+        per_second: float,
+        how: Literal["upload", "activate", "ask"],
+    ) -> Churn:
         """Prepare swaps: new uploads, with one version there, or flips between all of them."""
         churn = Churn(self.server, ROUTE, marked.FLIPPED, packages, per_second, ANSWER_LIMIT_S)
-        churn.uploads = uploads
-        churn.prepare(1 if uploads else len(self.packages))
+        churn.how = how
+        churn.prepare(1 if how == "upload" else len(self.packages))
         self.ledger.learn(churn.swaps, self.words)
         return churn
 
@@ -134,12 +140,14 @@ class Storm:
         """Compare the others' times with and without swaps; which comes first alternates."""
         options = self.options
         seconds = options.flips / options.pairs / options.swaps_per_s
-        churn = self.churn(cycle(self.packages), options.swaps_per_s, uploads=False)
-        runs = dict[bool, Outcome]()
+        runs, flips = dict[bool, Outcome](), 0
         for swapping in (False, True) if number % 2 else (True, False):
-            work = self.load(2 * number + swapping, seconds, None, churn if swapping else None)
-            runs[swapping] = asyncio.run(work)
-        flips = sum(swap.version is not None for swap in churn.measured)
+            # Who looks for the new version is load too, so the quiet run asks as often.
+            how: Literal["activate", "ask"] = "activate" if swapping else "ask"
+            churn = self.churn(cycle(self.packages), options.swaps_per_s, how)
+            runs[swapping] = asyncio.run(self.load(2 * number + swapping, seconds, None, churn))
+            if swapping:
+                flips = sum(swap.version is not None for swap in churn.measured)
         pair = Pair(_others_itl_ms(runs[False]), _others_itl_ms(runs[True]), flips)
         self.findings.pairs.append(pair)
         self.findings.capacity.append(len(answered(runs[False].counted)) / seconds)
@@ -148,7 +156,7 @@ class Storm:
         """Upload versions that were never seen, while the server has a part of its load."""
         options = self.options
         rate = LOAD_SHARE * statistics.median(self.findings.capacity)
-        churn = self.churn(new_versions(self.packages), options.swaps_per_s, uploads=True)
+        churn = self.churn(new_versions(self.packages), options.swaps_per_s, "upload")
         seconds = options.uploads / options.swaps_per_s
         outcome = asyncio.run(self.load(2 * options.pairs, seconds, rate, churn))
         self.findings.uploads = {"request_rate": rate, **swaps(churn, outcome)}

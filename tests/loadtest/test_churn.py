@@ -77,7 +77,7 @@ class Adapters:
         return {"id": f"letters@{self.active}", "version": self.active, "tasks": tasks}
 
 
-def churned(address: str, packages: list[Package], count: int, *, uploads: bool = True) -> Churn:
+def churned(address: str, packages: list[Package], count: int, *, how: str = "upload") -> Churn:
     server = reach(address)
     asked = list[str]()
 
@@ -87,8 +87,8 @@ def churned(address: str, packages: list[Package], count: int, *, uploads: bool 
             churn.halted.set()
         return server.post(ROUTE.path, json.dumps(ROUTE.body(task, "x", 1)).encode())
 
-    churn = Churn(server, ROUTE, "letters", cycle(packages), 20.0, 10.0, ask, uploads)
-    churn.prepare(1 if uploads else len(packages))
+    churn = Churn(server, ROUTE, "letters", cycle(packages), 20.0, 10.0, ask, how)
+    churn.prepare(1 if how == "upload" else len(packages))
     asyncio.run(asyncio.wait_for(churn.run(), 20))
     assert set(asked) == {"vowels"}
     return churn
@@ -125,12 +125,21 @@ def test_versions_that_are_there_are_activated_and_not_sent_again(
     scripted, script, packages
 ) -> None:
     behave = Adapters(script)
-    churn = churned(scripted(behave).address, packages, 4, uploads=False)
+    churn = churned(scripted(behave).address, packages, 4, how="activate")
 
     assert len(behave.uploads) == 2
     assert [swap.version for swap in churn.measured] == [
         "letters@1", "letters@2", "letters@1", "letters@2",
     ]  # fmt: skip
+    assert not [swap for swap in churn.measured if swap.failure]
+
+
+def test_asking_changes_nothing(scripted, script, packages) -> None:
+    behave = Adapters(script)
+    churn = churned(scripted(behave).address, packages, 3, how="ask")
+
+    assert len(behave.uploads) == 2
+    assert [swap.version for swap in churn.measured] == ["letters@2"] * 3
     assert not [swap for swap in churn.measured if swap.failure]
 
 
