@@ -1,4 +1,4 @@
-"""The command line: `oneplusn serve | generate | adapters | data | loadtest | demo | doctor`.
+"""The command line: `oneplusn serve | train | adapters | ...`; COMMANDS lists all of it.
 
 Mistakes of the caller end in one line on stderr and exit code 2, Ctrl-C in 130; nobody is shown a
 traceback, unless the log level is debug. Every command imports what it needs when it is chosen.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,20 +22,6 @@ if TYPE_CHECKING:
 EXIT_FAULT = 1
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
-
-# Settings that say how a model is loaded, for the commands that do not serve.
-ENGINE_SETTINGS = (
-    "model",
-    "revision",
-    "device",
-    "dtype",
-    "threads",
-    "kv_memory",
-    "adapter_memory",
-    "max_model_len",
-    "adapter",
-    "log_level",
-)
 
 SERVE_EXAMPLES = """\
 examples:
@@ -157,11 +144,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _declare_generate(parser: argparse.ArgumentParser) -> None:
+    from oneplusn.server.settings import ENGINE_SETTINGS
+
     parser.add_argument("prompt", nargs="+", help="Texts to answer, all in one batch.")
     parser.add_argument("--task", help="The task that answers; the bare base otherwise.")
     parser.add_argument("--max-tokens", type=int, default=128, help="Most tokens of an answer.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest tokens.")
-    _declare_settings(parser, ENGINE_SETTINGS)
+    _declare_settings(parser, (*ENGINE_SETTINGS, "adapter", "log_level"))
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -178,6 +167,9 @@ def _generate(args: argparse.Namespace) -> int:
         kv_memory=settings.kv_memory,
         adapter_memory=settings.adapter_memory,
         max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        token_budget=settings.token_budget,
+        max_adapters=settings.max_adapters,
     )
     with engine:
         answers = engine.generate(
@@ -188,40 +180,36 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _declare_adapters(parser: argparse.ArgumentParser) -> None:
-    from oneplusn.server import adapters_cli
+def _train(args: argparse.Namespace) -> int:
+    from oneplusn.adapters.training import cli
+    from oneplusn.server.adapters_cli import publisher
 
-    adapters_cli.declare(parser)
-
-
-def _adapters(args: argparse.Namespace) -> int:
-    from oneplusn.server import adapters_cli
-
-    return adapters_cli.run(args)
-
-
-def _declare_data(parser: argparse.ArgumentParser) -> None:
-    from oneplusn.server import data
-
-    data.declare(parser)
-
-
-def _data(args: argparse.Namespace) -> int:
-    from oneplusn.server import data
-
-    return data.run(args)
-
-
-def _declare_loadtest(parser: argparse.ArgumentParser) -> None:
-    from oneplusn.loadtest import options
-
-    options.declare(parser)
+    return cli.run(args, publisher=publisher)
 
 
 def _loadtest(args: argparse.Namespace) -> int:
     from oneplusn.loadtest import load
 
     return load.run(args)
+
+
+def _declared_by(module: str) -> Callable[[argparse.ArgumentParser], None]:
+    """Have a module declare its options when its command is chosen."""
+
+    def declare(parser: argparse.ArgumentParser) -> None:
+        import_module(module).declare(parser)
+
+    return declare
+
+
+def _run_by(module: str) -> Callable[[argparse.Namespace], int]:
+    """Have a module run its command."""
+
+    def run(args: argparse.Namespace) -> int:
+        code: int = import_module(module).run(args)
+        return code
+
+    return run
 
 
 def _declare_demo(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +225,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _declare_doctor(parser: argparse.ArgumentParser) -> None:
-    _declare_settings(parser, ("model", "revision", "device", "dtype", "threads", "log_level"))
+    from oneplusn.server.settings import MODEL_SETTINGS
+
+    _declare_settings(parser, (*MODEL_SETTINGS, "log_level"))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -249,12 +239,41 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+TRAIN = "oneplusn.adapters.training.cli"
+CLUSTER = "oneplusn.adapters.training.cluster_cli"
+CONVERT = "oneplusn.adapters.converters.cli"
+EDIT = "oneplusn.adapters.training.edit_cli"
+ADAPTERS = "oneplusn.server.adapters_cli"
+DATA = "oneplusn.server.data"
+LOADTEST = "oneplusn.loadtest.options"
+
 COMMANDS = (
     Command("serve", "serve a model over HTTP", _declare_settings, _serve, SERVE_EXAMPLES),
     Command("generate", "answer prompts without a server", _declare_generate, _generate),
-    Command("adapters", "upload, activate and look at adapters", _declare_adapters, _adapters),
-    Command("data", "check, back up and restore a data folder", _declare_data, _data),
-    Command("loadtest", "load any OpenAI-compatible server", _declare_loadtest, _loadtest),
+    Command("train", "train the adapters of task clusters", _declared_by(TRAIN), _train),
+    Command(
+        "cluster",
+        "find out which tasks belong into one cluster",
+        _declared_by(CLUSTER),
+        _run_by(CLUSTER),
+    ),
+    Command(
+        "convert", "read and write other adapter formats", _declared_by(CONVERT), _run_by(CONVERT)
+    ),
+    Command(
+        "edit",
+        "make a new version of an adapter: drop, rename, merge, add, distil",
+        _declared_by(EDIT),
+        _run_by(EDIT),
+    ),
+    Command(
+        "adapters",
+        "upload, activate and look at adapters",
+        _declared_by(ADAPTERS),
+        _run_by(ADAPTERS),
+    ),
+    Command("data", "check, back up and restore a data folder", _declared_by(DATA), _run_by(DATA)),
+    Command("loadtest", "load any OpenAI-compatible server", _declared_by(LOADTEST), _loadtest),
     Command("demo", "serve the demo model, ask every task at once, show it", _declare_demo, _demo),
     Command("doctor", "say what this machine can serve", _declare_doctor, _doctor),
 )

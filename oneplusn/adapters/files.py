@@ -8,8 +8,6 @@ pickle is ever opened, no text is ever rendered.
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,14 +17,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from torch import Tensor
 
-from oneplusn.adapters.blobs import FULL, LIMITS, storage_full, sync
+from oneplusn.adapters import converters
+from oneplusn.adapters.blobs import FULL, LIMITS, storage_full
 from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta, Scalar
 from oneplusn.adapters.checks import check_name, decode_json, shown
-from oneplusn.adapters.converters import peft_lora
+from oneplusn.adapters.converters.source import Source
+from oneplusn.adapters.folders import new_folder
 from oneplusn.adapters.uploads import WEIGHTS_FILE, Staged, list_folder, stage
 from oneplusn.adapters.validation import MAX_EXPERTS, MAX_MODULES, MAX_TASKS
 from oneplusn.adapters.weights import check_safetensors_header, read_tensors, write_tensors
-from oneplusn.errors import AdapterExists, AdapterInvalid, StorageFull
+from oneplusn.errors import AdapterInvalid, StorageFull
 
 __all__ = [
     "check_safetensors_header",
@@ -121,11 +121,12 @@ def read(
     """Read an adapter; leave nothing on disk.
 
     Args:
-        source: a folder with `bundle.json` or PEFT's `adapter_config.json` beside
+        source: a folder with `bundle.json`, or a foreign format's `adapter_config.json`, beside
             `adapter_model.safetensors`; a .tar, .tar.gz or .zip of those; or what a client sent:
             flat files or one archive, by the names that the client gave, where a path is where the
             server put the bytes.
-        name: name of the adapter, and of the task of a PEFT adapter.
+        name: name of the adapter, and of the tasks of a foreign one: itself if it has one task,
+            else with their numbers behind.
         assume_converted: take an adapter whose training changed the base's weights (PiSSA, OLoRA,
             CorDA, LoftQ) as converted to the unchanged base.
         max_bytes: most bytes of all files of an upload, an archive's counted as they expand.
@@ -161,17 +162,8 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
     Raises:
         AdapterExists: the folder exists and is not empty.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    scratch.mkdir()
-    try:
+    with new_folder(folder) as scratch:
         write_files(bundle, scratch)
-        for path in (scratch / BUNDLE_FILE, scratch / WEIGHTS_FILE, scratch):
-            sync(path)
-        _move(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    sync(folder.parent)
 
 
 def write_files(bundle: Bundle, folder: Path) -> None:
@@ -202,12 +194,9 @@ def _to_bundle(files: Mapping[str, Path], *, name: str, assume_converted: bool) 
     config = decode_json(
         _read_json(files[PEFT_FILE]), dict[str, Any], what=PEFT_FILE, max_bytes=MAX_JSON_BYTES
     )
-    return peft_lora.to_bundle(
-        config,
-        read_tensors(files[WEIGHTS_FILE]),
-        task=name,
-        assume_converted=assume_converted,
-    )
+    tensors = read_tensors(files[WEIGHTS_FILE])
+    source = Source(config, tensors, name=name, assume_converted=assume_converted)
+    return converters.read(source)
 
 
 def _read_json(path: Path) -> bytes:
@@ -277,18 +266,6 @@ def _tensors(bundle: Bundle) -> dict[str, Tensor]:
         for path, delta in bundle.modules.items()
         for part, tensor in zip(PARTS, (delta.a, delta.b, delta.gate, delta.scale), strict=True)
     }
-
-
-def _move(scratch: Path, folder: Path) -> None:
-    try:
-        scratch.rename(folder)
-    except OSError as error:
-        if not folder.exists():
-            raise
-        raise AdapterExists(
-            f"{shown(str(folder))} exists and a version is never overwritten ({error.strerror});"
-            " choose another folder or remove that one"
-        ) from None
 
 
 def _missing(what: str, files: Mapping[str, Path]) -> AdapterInvalid:

@@ -86,6 +86,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def publisher(url: str, api_key: str | None) -> Callable[[Path, str], str]:
+    """Make what sends an adapter's folder to a server under a name, and returns its label.
+
+    What that raises is a ConfigError, with what the server said.
+    """
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def publish(folder: Path, name: str) -> str:
+        try:
+            with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT) as client:
+                answer = _send(client, folder, {"name": name}, {}, hide=False)
+        except _Failed as error:
+            msg = f"{url} refused {name!r}: {error}; the bundle stays in {folder}"
+            raise ConfigError(msg) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            msg = f"{url} cannot be reached: {error}; the bundle stays in {folder}"
+            raise ConfigError(msg) from error
+        label: str = answer["id"]
+        return label
+
+    return publish
+
+
 def _ask(client: httpx.Client, method: str, path: str, **how: Any) -> Any:  # noqa: ANN401  (JSON)
     return _checked(client.request(method, path, **how)).json()
 
@@ -122,17 +145,29 @@ class _Counted(io.BufferedReader):
 
 def _upload(client: httpx.Client, args: argparse.Namespace) -> Any:  # noqa: ANN401  (JSON)
     path: Path = args.path
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        msg = f"{path} has no files to upload; give the adapter's folder, or an archive of it"
-        raise ConfigError(msg)
     name = args.name or path.resolve().name.partition(".")[0].lower()
     switches = {"dry_run": args.dry_run, "activate": not args.no_activate, "strict": not args.lax}
     fields = {"name": name, **{key: str(value).lower() for key, value in switches.items()}}
     headers = {} if args.if_match is None else {"if-match": args.if_match}
+    return _send(client, path, fields, headers, hide=args.json)
+
+
+def _send(
+    client: httpx.Client,
+    path: Path,
+    fields: Mapping[str, str],
+    headers: Mapping[str, str],
+    *,
+    hide: bool,
+) -> Any:  # noqa: ANN401  (JSON)
+    """Upload a folder or an archive, with a bar; return the server's answer."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        msg = f"{path} has no files to upload; give the adapter's folder, or an archive of it"
+        raise ConfigError(msg)
     total = sum(file.stat().st_size for file in files)
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress(name, total, hide=args.json))
+        bar = stack.enter_context(_progress(fields["name"], total, hide=hide))
         parts = [("files", (file.name, stack.enter_context(_Counted(file, bar)))) for file in files]
         answer = client.post("/v1/adapters", data=fields, files=parts, headers=headers)
     return _checked(answer).json()
@@ -165,9 +200,11 @@ def _progress(what: str, total: int, *, hide: bool) -> Iterator[tqdm[Any]]:
 
 def _check(args: argparse.Namespace) -> int:
     from oneplusn.adapters.files import read_adapter
+    from oneplusn.server.targets import check_defaults
 
     path: Path = args.path
     bundle = read_adapter(path, name=args.name or path.resolve().name.partition(".")[0].lower())
+    check_defaults(bundle.defaults)
     layout = bundle.runs()
     print(f"digest   {bundle.digest}")
     print(f"method   {bundle.method}")

@@ -21,7 +21,7 @@ from adapter_samples import (
     safetensors,
     write_files,
 )
-from oneplusn.adapters import files
+from oneplusn.adapters import files, folders
 from oneplusn.adapters.bundle import Bundle, Expert
 from oneplusn.adapters.files import read_adapter, read_upload, write_bundle
 from oneplusn.errors import AdapterError, AdapterExists, AdapterInvalid
@@ -267,12 +267,14 @@ def test_equal_bundles_are_equal_files(tmp_path):
     assert one == two
 
 
-@pytest.mark.parametrize("step", ["write_tensors", "sync", "_move"])
-def test_a_failure_at_any_step_leaves_nothing(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("module", "step"), [(files, "write_tensors"), (folders, "sync"), (folders, "_move")]
+)
+def test_a_failure_at_any_step_leaves_nothing(tmp_path, monkeypatch, module, step):
     def fail(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(OSError, match="No space left"):
         write_bundle(read_upload(bundle_files(), name="a"), tmp_path / "one")
     assert list(tmp_path.iterdir()) == []
@@ -295,8 +297,8 @@ def test_contents_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     write_bundle(read_upload(bundle_files(), name="a"), tmp_path / "one")
     scratch = events[2]
     assert events == [
-        "bundle.json",
         "adapter_model.safetensors",
+        "bundle.json",
         scratch,
         "rename",
         tmp_path.name,

@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from oneplusn.adapters.checks import shown
 from oneplusn.adapters.converters.patterns import Matcher
+from oneplusn.adapters.converters.refusals import check_options
+from oneplusn.adapters.converters.targets import TargetFields, Targets
 from oneplusn.adapters.validation import MAX_RANK
 from oneplusn.errors import AdapterInvalid
 
 N = TypeVar("N", int, float)
+Form = TypeVar("Form", bound=msgspec.Struct)
 
-
-class Refusal(NamedTuple):
-    """Why something in a PEFT adapter cannot be served, and the way out."""
-
-    code: str
-    reason: str
-
-
-DORA = Refusal(
-    "dora_not_supported",
-    "DoRA rescales the merged weight, which is no sum of experts; train with use_dora=False",
-)
-BIAS = Refusal("bias_not_supported", "a trained bias is no low-rank delta; train with bias='none'")
-MODULES_TO_SAVE = Refusal(
-    "modules_to_save_not_supported",
-    "whole modules were trained, and only low-rank deltas are served; train without them",
-)
-EMBEDDING = Refusal(
-    "embedding_not_supported",
-    "the embedding is the base's for all tasks; train linears of the layers only",
-)
-LM_HEAD = Refusal(
-    "lm_head_not_supported",
-    "the output head is the base's for all tasks; train linears of the layers only",
-)
-TOKEN_GATE = Refusal(
-    "token_dependent_gate",
-    "its mixture depends on the token, and only mixtures that depend on the task alone are"
-    " served; distil it into one LoRA per task",
-)
-PARAMETERS = Refusal(
-    "target_parameters_not_supported",
-    "it adapts bare parameters, and only linears are adapted; train with target_modules",
-)
-NO_CONVERTER = Refusal(
-    "converter_missing",
-    "the converter is not there yet; only plain LoRA is converted, so flatten it to that",
-)
-REPLICATED = Refusal(
-    "layer_replication_not_supported", "it needs a base with repeated layers; train without"
-)
-MEGATRON = Refusal("megatron_not_supported", "it needs Megatron's layers; convert it first")
-ALORA = Refusal(
-    "alora_not_supported", "it is active for a part of the tokens only; train a plain LoRA"
-)
-
-TOKEN_GATED_TYPES = ("XLORA", "MIXLORA")
-
-REFUSED_OPTIONS = {
-    "use_dora": DORA,
-    "lora_bias": BIAS,
-    "bias": BIAS,
-    "modules_to_save": MODULES_TO_SAVE,
-    "trainable_token_indices": EMBEDDING,
-    "arrow_config": TOKEN_GATE,
-    "lora_nums": TOKEN_GATE,  # LoRAMoE and HydraLoRA
-    "target_parameters": PARAMETERS,
-    "layer_replication": REPLICATED,
-    "megatron_config": MEGATRON,
-    "alora_invocation_tokens": ALORA,
-}
-"""Options that change the forward pass when they are set."""
-
-NEUTRAL_VALUES = {"bias": "none"}
+Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
 
 IGNORED_OPTIONS = frozenset(
     {
@@ -94,22 +34,15 @@ the base stores its weight; A [r, K] and B [N, r] are the same either way."""
 PLAIN_INITS = ("True", "False", "None", "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights as they are."""
 
-_Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
 
-
-class _Fields(msgspec.Struct, frozen=True):
+class _Fields(TargetFields, frozen=True, kw_only=True):
     """The options that say which modules are adapted, and how strongly."""
 
-    r: _Rank
+    r: Rank
     lora_alpha: float
-    rank_pattern: dict[str, _Rank] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    base_model_name_or_path: str | None = None
 
 
 class PeftConfig:
@@ -121,16 +54,12 @@ class PeftConfig:
         Raises:
             AdapterInvalid: with a code that names the reason.
         """
-        _check_options(config)
+        check_options(config, {*_Fields.__struct_fields__, *IGNORED_OPTIONS})
         if not assume_converted:
             _check_base_unchanged(config)
-        try:
-            self._fields = msgspec.convert(dict(config), _Fields)
-        except msgspec.ValidationError as error:
-            raise AdapterInvalid(
-                f"adapter_config.json: {error}; correct that field", code="json_invalid"
-            ) from None
+        self._fields = fields_of(config, _Fields)
         self._matcher = Matcher()
+        self.targets = Targets(self._fields, self._matcher)
 
     @property
     def base_model(self) -> str | None:
@@ -148,21 +77,6 @@ class PeftConfig:
         alpha = self._first_match(fields.alpha_pattern, path, fields.lora_alpha)
         return rank, alpha / math.sqrt(rank) if fields.use_rslora else alpha / rank
 
-    def targets(self, path: str) -> bool:
-        """Say whether a module is adapted, by PEFT's rules."""
-        fields = self._fields
-        if fields.exclude_modules and self._is_named(fields.exclude_modules, path):
-            return False
-        names = fields.target_modules
-        if names is None or (isinstance(names, str) and names.lower() == "all-linear"):
-            return True
-        if not self._is_named(names, path):
-            return False
-        layers = fields.layers_to_transform
-        if isinstance(names, str) or path in names or layers in (None, []):
-            return True
-        return self._layer(path) in ([layers] if isinstance(layers, int) else layers or [])
-
     def _first_match(self, patterns: Mapping[str, N] | None, path: str, default: N) -> N:
         """Return the value of the first pattern that matches, as PEFT does."""
         for pattern, value in (patterns or {}).items():
@@ -170,40 +84,19 @@ class PeftConfig:
                 return value
         return default
 
-    def _is_named(self, names: list[str] | str, path: str) -> bool:
-        if isinstance(names, str):
-            return self._matcher.fullmatch(names, path)
-        return any(path == name or path.endswith(f".{name}") for name in names)
 
-    def _layer(self, path: str) -> int | None:
-        """Return the first index in the path, or the first below a list that is configured."""
-        patterns = self._fields.layers_pattern or []
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        for parent, index in _indices(path):
-            named = any(self._matcher.match_tail(pattern, parent) for pattern in patterns)
-            if named or (not patterns and "." in parent):
-                return index
-        return None
+def fields_of(config: Mapping[str, Any], form: type[Form]) -> Form:
+    """Take the options of a form out of a configuration.
 
-
-def _check_options(config: Mapping[str, Any]) -> None:
-    peft_type = config.get("peft_type")
-    if peft_type != "LORA":
-        is_token_gated = isinstance(peft_type, str) and peft_type.upper() in TOKEN_GATED_TYPES
-        raise _refused("peft_type", peft_type, TOKEN_GATE if is_token_gated else NO_CONVERTER)
-    for option, refusal in REFUSED_OPTIONS.items():
-        value = config.get(option)
-        if value and value != NEUTRAL_VALUES.get(option):
-            raise _refused(option, value, refusal)
-    known = {*_Fields.__struct_fields__, *REFUSED_OPTIONS, *IGNORED_OPTIONS}
-    for option in sorted(config.keys() - known):
-        if config[option]:
-            raise AdapterInvalid(
-                f"adapter_config.json: option {shown(option)} = {shown(config[option])} is unknown"
-                " here, so nobody can say what it does to the output; remove it if it concerns"
-                " training only",
-                code="option_not_supported",
-            )
+    Raises:
+        AdapterInvalid: `json_invalid`; one is missing, or of another type or range.
+    """
+    try:
+        return msgspec.convert(dict(config), form)
+    except msgspec.ValidationError as error:
+        raise AdapterInvalid(
+            f"adapter_config.json: {error}; correct that field", code="json_invalid"
+        ) from None
 
 
 def _check_base_unchanged(config: Mapping[str, Any]) -> None:
@@ -216,17 +109,3 @@ def _check_base_unchanged(config: Mapping[str, Any]) -> None:
                 " path_initial_model_for_weight_conversion, and set assume_converted once it is",
                 code="base_weights_changed",
             )
-
-
-def _indices(path: str) -> Iterator[tuple[str, int]]:
-    """Yield every index in a path that has something after it, with the path before it."""
-    parts = path.split(".")
-    for place, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            yield ".".join(parts[:place]), int(part)
-
-
-def _refused(option: str, value: object, refusal: Refusal) -> AdapterInvalid:
-    return AdapterInvalid(
-        f"adapter_config.json: {option} = {shown(value)}: {refusal.reason}", code=refusal.code
-    )

@@ -7,6 +7,7 @@ agree with the tensors. What is more than a low-rank sum, or may be, is refused 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,36 +16,64 @@ import torch
 from torch import Tensor
 
 from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta
-from oneplusn.adapters.checks import check_name, shown
-from oneplusn.adapters.converters import peft_config as peft
-from oneplusn.adapters.validation import check_path
+from oneplusn.adapters.checks import check_name
+from oneplusn.adapters.converters.export import Export
+from oneplusn.adapters.converters.peft_config import PeftConfig
+from oneplusn.adapters.converters.source import PREFIX, Source, by_module
+from oneplusn.adapters.converters.targets import mismatch
+from oneplusn.adapters.distil import distil
+from oneplusn.adapters.folders import new_folder
+from oneplusn.adapters.weights import write_tensors
 from oneplusn.errors import AdapterInvalid
 
-REFUSED_TENSORS = (
-    (re.compile(r"lora_magnitude_vector"), peft.DORA),
-    (re.compile(r"\.modules_to_save\."), peft.MODULES_TO_SAVE),
-    (re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\."), peft.LM_HEAD),
-    (
-        re.compile(
-            r"lora_embedding_|trainable_tokens"
-            r"|(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|embed_positions)\."
-        ),
-        peft.EMBEDDING,
-    ),
-    (
-        re.compile(r"lora_route|internal_xlora|(^|\.)mixlora\.|\.lora_[AB]\d+\.|\.moe_gate\."),
-        peft.TOKEN_GATE,
-    ),
-    (re.compile(r"poly_lora_|poly_router"), peft.NO_CONVERTER),
-    (re.compile(r"\.base_layer\."), peft.PARAMETERS),
-    (re.compile(r"\.bias$"), peft.BIAS),
-)
-"""Names that only these methods give their tensors; the first that is found decides."""
+USUAL_MAX_RANK = 64
+"""Largest rank that other servers take without being told to; some stop at 16."""
 
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    rf"({re.escape(_PREFIX)})?(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight"
-)
+_FACTOR = re.compile(rf"{PREFIX}(?P<path>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+
+
+def read(source: Source) -> Bundle:
+    """Convert what PEFT saved into a bundle of one task; see `to_bundle`."""
+    return to_bundle(
+        source.config,
+        source.tensors,
+        task=source.name,
+        assume_converted=source.assume_converted,
+    )
+
+
+def write(export: Export) -> list[str]:
+    """Write one task as a folder that PEFT and other servers load; see `to_peft`.
+
+    Returns:
+        Lines that say what was written, and how far it is from the task.
+
+    Raises:
+        AdapterExists: the folder exists and is not empty.
+        AdapterNotFound: the bundle has no such task.
+        InvalidRequest: the rank is below 1, or something was given that only another format takes.
+    """
+    export.refuse("model", "lax", "shard_size", format_name="peft")
+    bundle, errors = export.bundle, dict[str, float]()
+    if export.svd is not None:
+        cut = distil(bundle, {export.task: 1.0}, task=export.task, rank=export.svd)
+        bundle, errors = cut.bundle, dict(cut.errors)
+    config, tensors = to_peft(bundle, export.task)
+    with new_folder(export.out) as folder:
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        write_tensors(tensors, folder / "adapter_model.safetensors")
+    lines = [f"rank     {config['r']}"]
+    if errors:
+        worst = max(errors, key=lambda path: errors[path])
+        mean = sum(errors.values()) / len(errors)
+        lines.append(f"error    {mean:.2%} of what it adds, mean; {errors[worst]:.2%} at {worst}")
+    if config["r"] > USUAL_MAX_RANK:
+        lines.append(
+            f"warning  rank {config['r']}, and other servers take up to 16 or {USUAL_MAX_RANK}"
+            " unless they are told otherwise (vLLM: --max-lora-rank); --svd cuts it"
+        )
+    return lines
 
 
 def to_bundle(
@@ -73,15 +102,13 @@ def to_bundle(
         AdapterInvalid: with a code that names the reason.
     """
     check_name(task, "task name")
-    settings = peft.PeftConfig(config, assume_converted=assume_converted)
+    settings = PeftConfig(config, assume_converted=assume_converted)
     factors = _factors(tensors)
-    for path in factors:
-        if not settings.targets(path):
-            raise _mismatch(f"there are tensors for {path}, which the configuration leaves out")
+    settings.targets.check(factors)
     for path in modules or ():
-        if path not in factors and settings.targets(path):
-            raise _mismatch(f"the configuration targets {path}, for which there are no tensors")
-    deltas = {path: _delta(path, *pair, settings) for path, pair in sorted(factors.items())}
+        if path not in factors and path in settings.targets:
+            raise mismatch(f"the configuration targets {path}, for which there are no tensors")
+    deltas = {path: _delta(path, *pair, settings) for path, pair in factors.items()}
     rank = max(delta.ranks[0] for delta in deltas.values())
     return Bundle(
         method="lora",
@@ -113,8 +140,8 @@ def to_peft(bundle: Bundle, task: str) -> tuple[dict[str, Any], dict[str, Tensor
         if terms:
             a = torch.cat([delta.a[span].float() * weight for weight, span in terms])
             b = torch.cat([delta.b[:, span].float() for _, span in terms], dim=1)
-            tensors[f"{_PREFIX}{path}.lora_A.weight"] = a
-            tensors[f"{_PREFIX}{path}.lora_B.weight"] = b
+            tensors[f"base_model.model.{path}.lora_A.weight"] = a
+            tensors[f"base_model.model.{path}.lora_B.weight"] = b
             ranks[path] = len(a)
     largest = max(ranks.values())
     patterns = {
@@ -138,28 +165,11 @@ def to_peft(bundle: Bundle, task: str) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Pair A and B of every module."""
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        _check_served(name)
-        match = _FACTOR.fullmatch(name)
-        if match is None or match["side"] in sides.get(match["path"], {}):
-            raise AdapterInvalid(
-                f"tensor {shown(name)}: expected one lora_A.weight and one lora_B.weight per"
-                " module and nothing else; save the adapter again with PEFT",
-                code="tensor_unexpected",
-            )
-        check_path(match["path"])
-        sides.setdefault(match["path"], {})[match["side"]] = tensor
-    if not sides:
-        raise AdapterInvalid("the adapter has no tensors; save it again", code="tensor_missing")
-    return {path: _pair(path, pair) for path, pair in sides.items()}
-
-
-def _check_served(name: str) -> None:
-    """Refuse a tensor that belongs to more than a plain LoRA."""
-    for pattern, refusal in REFUSED_TENSORS:
-        if pattern.search(name):
-            raise AdapterInvalid(f"tensor {shown(name)}: {refusal.reason}", code=refusal.code)
+    modules = by_module(tensors, _FACTOR, "one lora_A.weight and one lora_B.weight")
+    return {
+        path: _pair(path, {side: tensors[name] for side, name in names.items()})
+        for path, names in modules.items()
+    }
 
 
 def _pair(path: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -178,7 +188,7 @@ def _pair(path: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return pair["A"], pair["B"]
 
 
-def _delta(path: str, a: Tensor, b: Tensor, settings: peft.PeftConfig) -> ModuleDelta:
+def _delta(path: str, a: Tensor, b: Tensor, settings: PeftConfig) -> ModuleDelta:
     rank, scale = settings.rank_and_scale(path)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterInvalid(
@@ -192,11 +202,4 @@ def _delta(path: str, a: Tensor, b: Tensor, settings: peft.PeftConfig) -> Module
         ranks=(rank,),
         gate=torch.ones(1, 1),
         scale=torch.tensor([scale], dtype=torch.float32),
-    )
-
-
-def _mismatch(fault: str) -> AdapterInvalid:
-    return AdapterInvalid(
-        f"{fault}; adapter_config.json and the tensors must come from the same training",
-        code="config_mismatch",
     )
