@@ -262,7 +262,7 @@ COMMANDS = (
     ),
     Command(
         "edit",
-        "make a new version of an adapter: drop, rename, merge, add, distil",
+        "make a new version of an adapter",
         _declared_by(EDIT),
         _run_by(EDIT),
     ),

@@ -23,8 +23,9 @@
     │   ├── RequestCancelled       499   request_cancelled
     │   ├── DeadlineExceeded       504   deadline_exceeded
     │   ├── EngineStopped          503   engine_stopped, retryable
+    │   │   └── EngineGone         503   engine_dead
     │   ├── StorageFull            507   storage_full
-    │   └── WorkerFailed           503   worker_timeout, worker_memory or worker_failed
+    │   └── WorkerFailed           503   worker_timeout, worker_memory, worker_failed, …
     └── StartupError                     the process refuses to start; never an answer to a request
         ├── ConfigError                  config_error
         ├── ModelRefused                 model_refused
@@ -109,6 +110,7 @@ class AdapterExists(AdapterError):
     """The name is taken, by an adapter or by a task of another active adapter."""
 
     status_code = 409
+    type = "conflict_error"
     code = "adapter_exists"
 
 
@@ -202,6 +204,14 @@ class EngineStopped(ServingError):
     code = "engine_stopped"
 
 
+class EngineGone(EngineStopped):
+    """The engine cannot be kept running; only a restart of the server helps."""
+
+    type = "server_error"
+    retryable = False
+    code = "engine_dead"
+
+
 class StartupError(OneplusnError):
     """The process cannot start as configured."""
 
@@ -275,7 +285,11 @@ class StorageFull(ServingError):
 
 
 class WorkerFailed(ServingError):
-    """A job took more time or memory than it may, or its process died; it was replaced."""
+    """A job could not be done; `code` says what failed.
+
+    `worker_timeout` and `worker_memory`: it took more than it may. `worker_failed`: it broke its
+    process, which was replaced. `worker_unavailable`: there was no process to do it.
+    """
 
     status_code = 503
     code = "worker_failed"

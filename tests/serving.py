@@ -7,6 +7,7 @@ a step computes, and jobs of workers run in this process.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from oneplusn.server.channel import EngineEnd
 from oneplusn.server.engine_process import Loop
 from oneplusn.server.jobs import JOBS
 from oneplusn.server.messages import Fatal, Freed, Loaded, Ready
+from oneplusn.server.serve import uvicorn_config
 from oneplusn.server.settings import Settings
 from oneplusn.server.state import Server
 from oneplusn.server.supervisor import Launch
@@ -121,6 +123,12 @@ class Live:
     core: ScriptedCore
     server: Server
     app: FastAPI
+    uvicorn: uvicorn.Server
+
+    @property
+    def listener(self) -> socket.socket:
+        """What it listens on; those that it accepts have its options."""
+        return self.uvicorn.servers[0].sockets[0]
 
 
 @contextmanager
@@ -137,13 +145,10 @@ def serving(
     app = create_app(
         settings,
         launch(core, folder, context),
-        workers=InlineWorkers(max_upload_bytes=int(settings.max_upload)),
+        workers=InlineWorkers.of(settings),
         on_failure=failures.append,
     )
-    config = uvicorn.Config(
-        app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
-    )
-    uvicorn_server = uvicorn.Server(config)
+    uvicorn_server = uvicorn.Server(uvicorn_config(app))
     thread = threading.Thread(target=uvicorn_server.run)
     thread.start()
     server: Server = app.state.server
@@ -152,7 +157,7 @@ def serving(
         if failures:
             raise failures[0]
         port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", core, server, app)
+        yield Live(f"http://127.0.0.1:{port}", core, server, app, uvicorn_server)
     finally:
         uvicorn_server.should_exit = True
         thread.join()

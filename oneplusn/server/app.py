@@ -101,7 +101,7 @@ def create_app(
     app.state.server = server
     app.openapi = partial(document, app, has_key=key is not None)  # type: ignore[method-assign]  # the documented way
     app.add_middleware(Authentication, key=key)
-    app.add_middleware(RequestContext, metrics=server.metrics)
+    app.add_middleware(RequestContext, metrics=server.metrics, body_seconds=settings.body_timeout)
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -24,6 +24,7 @@ MAX_PER_TURN = 16
 """Messages read before the event loop gets a turn for everything else."""
 LAST_WORDS_MS = 1000
 """How long an engine that ends may wait for the API to take what it said last."""
+_SHORT = "/tmp"  # noqa: S108 - a private folder is made in it
 _MAX_FOLDER_BYTES = 80
 """A socket's address has 107 bytes; this leaves room for `/1nxxxxxxxx/<number>`."""
 
@@ -41,7 +42,7 @@ def socket_folder(bases: Iterable[str | None] | None = None) -> Path:
         ConfigError: None of them can be used.
     """
     if bases is None:
-        bases = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")  # noqa: S108
+        bases = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), _SHORT)
     for base in bases:
         if base and len(os.fsencode(base)) <= _MAX_FOLDER_BYTES:
             with suppress(OSError):

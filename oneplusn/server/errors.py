@@ -17,24 +17,35 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from oneplusn.errors import OneplusnError
+from oneplusn.errors import InvalidRequest, OneplusnError
 
 RETRY_AFTER_SECONDS = "1"
 _BY_STATUS = {
     400: ("invalid_request_error", "invalid_value"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
     413: ("invalid_request_error", "payload_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
     431: ("invalid_request_error", "headers_too_large"),
 }
 # After these, what the client still sends of the request is not worth reading.
-_CLOSING = frozenset({413, 431})
+_CLOSING = frozenset({408, 413, 431})
 _NAME_OR_INDEX = re.compile(r"\w+\Z", re.ASCII)
 # Writes values out, of large ones the beginning.
 _shown = Repr()
 _shown.maxstring = _shown.maxother = 60
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "dict", "list", "none", "nullable"})
+
+
+def kind_and_code(status: int) -> tuple[str, str]:
+    """Return the `type` and `code` of an error of the framework, which only has a status."""
+    return _BY_STATUS.get(status, ("invalid_request_error", "http_error"))
+
+
+def code_of(error: OneplusnError | HTTPException) -> str:
+    """Return the code that an error is answered with."""
+    return error.code if isinstance(error, OneplusnError) else kind_and_code(error.status_code)[1]
 
 
 def error_body(
@@ -57,7 +68,7 @@ def error_response(scope: Scope, error: OneplusnError) -> JSONResponse:
 
 def http_error_response(scope: Scope, error: HTTPException) -> JSONResponse:
     """Answer with an exception of the framework, or one raised in its name."""
-    kind, code = _BY_STATUS.get(error.status_code, ("invalid_request_error", "http_error"))
+    kind, code = kind_and_code(error.status_code)
     scope["state"]["record"].code = code
     message = str(error.detail)
     if error.status_code in (404, 405):
@@ -95,15 +106,21 @@ async def _on_oneplusn_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
+    wrong = explain(error.errors())
+    request.scope["state"]["record"].code = wrong.code
+    return JSONResponse(body_of(wrong), wrong.status_code)
+
+
+def explain(problems: Sequence[Any]) -> InvalidRequest:
+    """Say of what pydantic reports which field is wrong, what it holds, and what it should be.
+
+    Args:
+        problems: Not empty; the first part of every `loc` is no field, and is left out.
+    """
     problem = _most_specific(problems)
-    param = _param(problem["loc"])
-    code = "missing_field" if problem["type"] == "missing" else "invalid_value"
-    request.scope["state"]["record"].code = code
-    body = error_body(
-        _describe(problem, problems), kind="invalid_request_error", code=code, param=param or None
-    )
-    return JSONResponse(body, 400)
+    code = "missing_field" if problem["type"] == "missing" else None
+    message, param = _describe(problem, problems), _param(problem["loc"])
+    return InvalidRequest(message, code=code, param=param or None)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -27,6 +28,8 @@ MAX_REMEMBERED = 1024
 MAX_SECONDS = 1.0
 MAX_MEMORY_BYTES = 256 << 20
 TOO_COMPLEX = "grammar_too_complex"
+
+_log = logging.getLogger("oneplusn.server")
 
 Kind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 
@@ -161,9 +164,9 @@ class Grammars:
         """Return a grammar as the engine takes it, once it is known to compile.
 
         Raises:
-            InvalidRequest: It is malformed or takes too much.
+            InvalidRequest: It is malformed, takes too much, or breaks the worker.
             QueueFull: Too many grammars wait for the worker.
-            WorkerFailed: The worker could not be started.
+            WorkerFailed: There is no worker, and none could be started.
         """
         text = spec.encode()
         key = hashlib.sha256(text.encode()).digest()
@@ -180,6 +183,13 @@ class Grammars:
             raise type(error)(error.message, code=error.code, param=error.param)
         return text
 
+    async def warm(self) -> None:
+        """Have the worker ready before anybody waits for it, which would take them seconds."""
+        try:
+            await self.prove(json_object())
+        except OneplusnError as error:
+            _log.warning("structured output cannot be served now: %s", error.message)
+
     async def _judge(self, spec: GrammarSpec) -> OneplusnError | None:
         """Compile; a verdict is about the grammar, any other error about the moment."""
         try:
@@ -187,11 +197,17 @@ class Grammars:
         except InvalidRequest as error:
             return error
         except WorkerFailed as error:
-            if error.code not in ("worker_timeout", "worker_memory"):
-                raise
             limits = f"{MAX_SECONDS:g} s or {MAX_MEMORY_BYTES >> 20} MiB"
-            msg = f"{spec.param} takes more than {limits} to compile; make it simpler"
-            return InvalidRequest(msg, code=TOO_COMPLEX, param=spec.param)
+            match error.code:
+                case "worker_timeout" | "worker_memory":
+                    msg = f"{spec.param} takes more than {limits} to compile; make it simpler"
+                    return InvalidRequest(msg, code=TOO_COMPLEX, param=spec.param)
+                case "worker_failed":
+                    # No verdict for ever: the system may have ended the process by itself.
+                    msg = f"{spec.param} broke the process that compiles it; make it simpler"
+                    raise InvalidRequest(msg, code=TOO_COMPLEX, param=spec.param) from None
+                case _:
+                    raise
         return None
 
     def _forget_unless_final(self, key: bytes, done: asyncio.Future[OneplusnError | None]) -> None:

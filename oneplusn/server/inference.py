@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from oneplusn.adapters.registry import Registry
-from oneplusn.errors import InvalidRequest, PromptTooLong, UnknownTask
+from oneplusn.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    OneplusnError,
+    PromptTooLong,
+    RequestCancelled,
+    UnknownTask,
+)
 from oneplusn.server.bridge import AsyncEngine
 from oneplusn.server.in_flight import InFlight
 from oneplusn.server.messages import Ready, Sampling, Submit, TokenOutput
 from oneplusn.server.metrics import EndedSequence, Metrics
+from oneplusn.server.offload import offload
 from oneplusn.server.schemas import MAX_DEFAULT_TOKENS, SamplingFields
 from oneplusn.server.streams import TokenStream
 from oneplusn.server.targets import Asked, Target, Targets
 from oneplusn.server.text import TextStream, Tokenizer
-
-# Longer texts are encoded on a thread, so that other streams do not stall meanwhile.
-_INLINE_CHARS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,11 @@ class Generation:
         return self.plan.target
 
     @property
+    def ending(self) -> str:
+        """Why it ended, in a word, whether it came to an end of its own or not."""
+        return self.finish_reason or _ending(self.stream.failure)
+
+    @property
     def queued_seconds(self) -> float | None:
         """Seconds that it waited for its first step; known with its first token."""
         return self.outputs[0].queued_s if self.outputs else None
@@ -123,6 +133,13 @@ class Generation:
         """Seconds from the submission to the first token."""
         first = self.stream.first
         return None if first is None else first - self.stream.submitted
+
+
+def _ending(failure: OneplusnError | None) -> str:
+    """Name what ended a sequence early; None = whoever asked for it went away."""
+    if isinstance(failure, DeadlineExceeded):
+        return "timeout"
+    return "abort" if failure is None or isinstance(failure, RequestCancelled) else "error"
 
 
 class Inference:
@@ -151,22 +168,26 @@ class Inference:
         self._metrics = metrics
         self.in_flight = InFlight()
 
-    async def encode(self, text: str, *, param: str, add_special: bool = True) -> list[int]:
-        """Turn a prompt into tokens.
+    async def encode(
+        self, texts: Sequence[str], *, param: str, add_special: bool = True
+    ) -> list[list[int]]:
+        """Turn prompts into tokens.
 
         Raises:
-            PromptTooLong: It cannot fit, whatever its tokens are.
+            PromptTooLong: One cannot fit, whatever its tokens are.
         """
-        self._check_length(text, param)
-        if len(text) <= _INLINE_CHARS:
-            return self.tokenizer.encode(text, add_special=add_special)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special=add_special)
+        for text in texts:
+            self._check_length(text, param)
+
+        def work() -> list[list[int]]:
+            return [self.tokenizer.encode(text, add_special=add_special) for text in texts]
+
+        return await offload(work, list(texts))
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Turn tokens into text, special ones included."""
-        if len(tokens) <= _INLINE_CHARS:
-            return self.tokenizer.decode(tokens, skip_special=False)
-        return await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special=False)
+        work = partial(self.tokenizer.decode, tokens, skip_special=False)
+        return await offload(work, tokens)
 
     async def encode_chat(
         self,
@@ -181,13 +202,9 @@ class Inference:
             InvalidRequest: The model's chat template cannot take it.
             PromptTooLong: It cannot fit, whatever its tokens are.
         """
-        texts = [message["content"] or "" for message in messages]
-        self._check_length("".join(texts), "messages")
-        if sum(map(len, texts)) <= _INLINE_CHARS:
-            return self.tokenizer.encode_chat(messages, tools=tools, switches=switches)
-        return await asyncio.to_thread(
-            self.tokenizer.encode_chat, messages, tools=tools, switches=switches
-        )
+        self._check_length("".join(message["content"] or "" for message in messages), "messages")
+        work = partial(self.tokenizer.encode_chat, messages, tools=tools, switches=switches)
+        return await offload(work, messages, tools)
 
     def plan(self, job: Job) -> Plan:
         """Check a job against what its task stands for now.
@@ -273,7 +290,7 @@ class Inference:
         stream.close()
         end = EndedSequence(
             label=generation.target.label,
-            reason=generation.finish_reason or "abort",
+            reason=generation.ending,
             is_complete=generation.finish_reason is not None,
             tokens=len(outputs),
             cached_tokens=generation.cached_tokens,
@@ -289,8 +306,8 @@ class Inference:
         limit = self.model.max_model_len
         least = self.tokenizer.least_tokens(text)
         if least > limit:
-            msg = f"{len(text)} characters are at least {least} tokens; the context holds {limit}"
-            raise PromptTooLong(msg, param=param)
+            what = f"{len(text)} characters are at least {least} tokens"
+            raise PromptTooLong(_too_long(what, limit), param=param)
 
     def check_tokens(self, tokens: Iterable[int], param: str) -> None:
         """Refuse what is no token of the model.
@@ -316,6 +333,12 @@ class Inference:
             raise InvalidRequest(msg, param=job.prompt_param)
         if length + (job.limit or 1) > limit:
             wanted = f" and {job.limit} to generate" if job.limit else ""
-            msg = f"{length} prompt tokens{wanted} exceed the context of {limit} tokens"
-            raise PromptTooLong(f"{msg}; shorten one of them", param=job.prompt_param)
+            what = f"{length} prompt tokens{wanted} exceed it; shorten one of them"
+            raise PromptTooLong(_too_long(what, limit), param=job.prompt_param)
         return job.limit or min(limit - length, default or MAX_DEFAULT_TOKENS)
+
+
+def _too_long(what: str, limit: int) -> str:
+    """Word a refusal as clients recognise it: they look for these phrases, not for the code."""
+    known = f"the prompt is too long: this model's maximum context length is {limit} tokens"
+    return f"{known}, and {what}"

@@ -19,7 +19,7 @@ import msgspec
 
 from oneplusn.adapters.prepared import SiteInfo
 from oneplusn.server.messages import Load, Ready
-from oneplusn.server.settings import ENV_PREFIX, Settings
+from oneplusn.server.settings import ENGINE_SETTINGS, ENV_PREFIX, Settings
 from oneplusn.server.supervisor import Launch
 
 if TYPE_CHECKING:
@@ -28,22 +28,7 @@ if TYPE_CHECKING:
     from oneplusn.server.engine_process import EngineCore, Opener
 
 MODULE = "oneplusn.server.engine_process"
-ENGINE_FIELDS = frozenset(
-    {
-        "model",
-        "revision",
-        "device",
-        "dtype",
-        "threads",
-        "kv_memory",
-        "adapter_memory",
-        "max_model_len",
-        "max_num_seqs",
-        "token_budget",
-        "log_level",
-        "log_format",
-    }
-)
+_TOLD = {*ENGINE_SETTINGS, "log_level", "log_format"}
 _log = logging.getLogger("oneplusn.engine")
 
 
@@ -60,7 +45,7 @@ class ChildProcess:
         )
         assert self._popen.stdin is not None
         with self._popen.stdin as stdin:
-            stdin.write(settings.model_dump_json(include=set(ENGINE_FIELDS)).encode())
+            stdin.write(settings.model_dump_json(include=_TOLD).encode())
 
     @property
     def pid(self) -> int:
@@ -125,6 +110,7 @@ def build_engine(settings: Settings) -> tuple[EngineCore, Opener, Ready]:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         token_budget=settings.token_budget,
+        max_adapters=settings.max_adapters,
     )
     engine = Engine(model, config)
     for line in str(engine.memory).splitlines():

@@ -31,7 +31,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         top_k: Keep the k most likely tokens; 0 = all.
         top_p: Keep the smallest set of tokens with this much probability, in (0, 1].
         min_p: Drop tokens less likely than this times the likeliest, in [0, 1].
-        repetition_penalty: Divides positive and multiplies negative logits of seen tokens, > 0.
+        repetition_penalty: Divides positive and multiplies negative logits of seen tokens, in
+            [0.01, 100]; beyond, fp32 overflows.
         presence_penalty: Subtracted from the logits of generated tokens, in [-2, 2].
         frequency_penalty: The same, times how often each was generated, in [-2, 2].
         seed: Fixes the random numbers; None = the engine draws one.
@@ -67,7 +68,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0")
+        _check("repetition_penalty", penalty, 0.01 <= penalty <= 100, "between 0.01 and 100")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(name, value, -2 <= value <= 2, "between -2 and 2")

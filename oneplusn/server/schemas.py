@@ -125,7 +125,7 @@ class SamplingFields(Body):
     top_k: int = Field(0, ge=-1, le=1 << 20, description="Keep the k likeliest; 0 or -1 = all.")
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: Seed | None = None

@@ -14,13 +14,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from oneplusn.errors import ConfigError
 from oneplusn.server.app import create_app
+from oneplusn.server.connection import connections
 from oneplusn.server.launch import launcher
 from oneplusn.server.logs import configure_logging
 from oneplusn.server.settings import Settings
 from oneplusn.server.state import Server
+from oneplusn.server.web import MAX_HEADER_BYTES
 
 _BACKLOG = 2048
 _FLUSH_S = 2
@@ -44,13 +47,7 @@ def serve(settings: Settings) -> None:
     app = create_app(settings, launcher(settings), on_failure=give_up)
     listener = _listen(settings)
     configure_logging(settings)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_FLUSH_S,
-    )
+    config = uvicorn_config(app)
     runner = Runner(config, app.state.server, drain_seconds=settings.shutdown_timeout)
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -61,6 +58,22 @@ def serve(settings: Settings) -> None:
         raise failures[0]
     if runner.interrupted:
         raise KeyboardInterrupt
+
+
+def uvicorn_config(app: FastAPI, *, port: int = 0) -> uvicorn.Config:
+    """Return how uvicorn serves the application; `port` is for who does not bring a socket."""
+    server: Server = app.state.server
+    return uvicorn.Config(
+        app,
+        port=port,
+        http=connections(server.settings, server.metrics),
+        # Both a head at its limit and one somewhat beyond it are read, and the latter answered.
+        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
 
 
 class Runner(uvicorn.Server):

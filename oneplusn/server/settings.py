@@ -28,6 +28,17 @@ from oneplusn.errors import ConfigError
 from oneplusn.server.host import free_cores
 
 ENV_PREFIX = "ONEPLUSN_"
+# What the engine's process is told, and what commands take that load a model without a server.
+MODEL_SETTINGS = ("model", "revision", "device", "dtype", "threads")
+ENGINE_SETTINGS = (
+    *MODEL_SETTINGS,
+    "kv_memory",
+    "adapter_memory",
+    "max_model_len",
+    "max_num_seqs",
+    "token_budget",
+    "max_adapters",
+)
 REFUSED = {
     "trust_remote_code": (
         "trust_remote_code is not supported: a model's own Python code is never run; "
@@ -106,6 +117,11 @@ class Settings(BaseSettings):
     token_budget: int = Field(
         512, ge=1, le=1 << 20, description="Tokens computed in one step, prompts included."
     )
+    max_adapters: int | None = Field(
+        None,
+        ge=1,
+        description="Distinct adapters computed in one step; as many as there are otherwise.",
+    )
     max_queue: int = Field(
         1024, ge=1, description="Sequences accepted and unfinished; beyond it requests get 429."
     )
@@ -114,6 +130,35 @@ class Settings(BaseSettings):
     )
     max_upload: ByteSize = Field(
         ByteSize(1 << 30), gt=0, description="Bytes of an adapter upload, packed and unpacked."
+    )
+    max_image: ByteSize = Field(
+        ByteSize(4 << 30),
+        gt=0,
+        description=(
+            "Bytes of one adapter as the engine holds it, in memory and on the disk; larger ones "
+            "get 413."
+        ),
+    )
+    header_timeout: float = Field(
+        10,
+        gt=0,
+        le=3600,
+        description="Seconds that the head of a request may take; one that takes longer gets 408.",
+    )
+    body_timeout: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description=(
+            "Seconds in which a body must bring 1 KiB for each of them, or its end; one that is "
+            "slower gets 408."
+        ),
+    )
+    write_timeout: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description="Seconds after which a client that reads nothing of its answer is cut.",
     )
     adapter: Annotated[dict[str, Path], NoDecode] = Field(
         default_factory=dict,
@@ -196,7 +241,7 @@ def load_settings(given: Mapping[str, object], *, config: Path | None = None) ->
             return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
     try:
-        merged = Sourced(**dict(given))  # type: ignore[arg-type]
+        merged = Sourced(**dict(given))  # type: ignore[arg-type]  # checked right here
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     return Settings.model_construct(

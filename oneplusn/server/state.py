@@ -16,6 +16,7 @@ from oneplusn.errors import (
     AdapterError,
     ConfigError,
     EngineStopped,
+    InvalidRequest,
     MemoryPlanRefused,
     OneplusnError,
     PoolExhausted,
@@ -60,7 +61,7 @@ class Server:
             self.metrics.vllm = VllmNames(
                 settings.base_name, settings.max_num_seqs, lambda: self.engine.tasks_in_flight
             )
-        self.workers = workers or Workers(max_upload_bytes=int(settings.max_upload))
+        self.workers = workers or Workers.of(settings)
         self.began = time.time()
         self.is_draining = False
         self.data: Path
@@ -69,7 +70,7 @@ class Server:
         self._inference: Inference | None = None
         self._grammars: Grammars | None = None
         self._swaps: Swaps | None = None
-        self._sweeping: asyncio.Task[None] | None = None
+        self._chores: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def obstacle(self) -> OneplusnError | None:
@@ -172,9 +173,12 @@ class Server:
                 await swaps.publish(path, adapter)
         for task, _ in registry.tasks():
             self.metrics.task_label(task)
-        self._sweeping = asyncio.create_task(_sweep(registry))
         self._is_started = True
         _log.info("ready: %s with %d tasks", name, len(registry.tasks()))
+        self._chores = (
+            asyncio.create_task(_sweep(registry)),
+            asyncio.create_task(self._grammars.warm()),
+        )
 
     def drain(self) -> None:
         """Take nothing new from now on; what is in flight goes on."""
@@ -187,8 +191,8 @@ class Server:
     async def stop(self) -> None:
         """End what is in flight, and leave the data folder."""
         self.drain()
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for chore in self._chores:
+            chore.cancel()
         await self.engine.close()
         await self.workers.close()
         if self._registry is not None:
@@ -237,6 +241,6 @@ def _naming(adapter: str) -> Iterator[None]:
     except PoolExhausted as error:
         msg = f"the adapter {adapter} does not fit: {error.message}; raise --adapter-memory"
         raise MemoryPlanRefused(msg) from error
-    except AdapterError as error:
+    except (AdapterError, InvalidRequest) as error:
         msg = f"the adapter {adapter} cannot be served: {error.message}"
         raise ConfigError(msg, code=error.code) from error

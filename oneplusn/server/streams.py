@@ -37,6 +37,11 @@ class TokenStream:
         self._error: OneplusnError | None = None
         self._ended = False
 
+    @property
+    def failure(self) -> OneplusnError | None:
+        """Why it ended before the answer did, if it has."""
+        return self._error
+
     def __aiter__(self) -> TokenStream:
         return self
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from oneplusn.errors import EngineStopped, OneplusnError, StartupError, rebuild
+from oneplusn.errors import EngineGone, EngineStopped, OneplusnError, StartupError, rebuild
 from oneplusn.server.channel import ApiEnd, Context, socket_folder
 from oneplusn.server.messages import Fatal, FromEngine, Ready, StepOutputs, ToEngine
 
@@ -29,7 +29,6 @@ LONGEST_PAUSE_S = 30.0
 PROVEN_S = 60.0
 LAST_WORDS_S = 0.05
 """How long what an engine said last may take through the socket."""
-ENGINE_DEAD = "engine_dead"
 _HOPEFUL = "the engine failed and is started again; try again in a few seconds"
 _HOPELESS = "the engine cannot be kept running; the server must be restarted"
 _log = logging.getLogger("oneplusn.server")
@@ -130,7 +129,7 @@ class Supervisor:
             _log.exception("the engine cannot be kept running")
             self.alive = False
             if not isinstance(error, OneplusnError):
-                error = EngineStopped(_HOPELESS, code=ENGINE_DEAD)
+                error = EngineGone(_HOPELESS)
             self._owner.lost(error)
 
     async def _run(self, context: Context, folder: Path) -> None:
@@ -173,8 +172,8 @@ class Supervisor:
         self.alive = self._failures < MAX_FAILURES
         then = "it is started again" if self.alive else f"failure {MAX_FAILURES} in a row"
         _log.error("the engine %s; %s", ending, then)
-        message = _HOPEFUL if self.alive else _HOPELESS
-        self._owner.lost(EngineStopped(message, code=ENGINE_DEAD))
+        hopeful = EngineStopped(_HOPEFUL, code=EngineGone.code)
+        self._owner.lost(hopeful if self.alive else EngineGone(_HOPELESS))
 
     async def _hung(self, life: _Life) -> None:
         """Return when the engine has been silent for too long.

@@ -23,6 +23,7 @@ from oneplusn.adapters.registry import Adapter, Registry, Version
 from oneplusn.errors import AdapterConflict, AdapterCorrupt, AdapterNotFound, OneplusnError
 from oneplusn.server.bridge import AsyncEngine
 from oneplusn.server.metrics import Metrics
+from oneplusn.server.targets import check_defaults
 from oneplusn.server.workers import Workers
 
 Source = Path | Mapping[str, Path]
@@ -56,10 +57,11 @@ class Swaps:
 
         Raises:
             AdapterError: It cannot be served, with a code that says why.
+            InvalidRequest: A task brings sampling that is out of range.
             WorkerFailed: It takes too much time or memory.
         """
         with self._registry.incoming() as out:
-            return await self._workers.prepare(
+            prepared = await self._workers.prepare(
                 source,
                 out,
                 name=name,
@@ -68,6 +70,8 @@ class Swaps:
                 strict=strict,
                 assume_converted=assume_converted,
             )
+        check_defaults(prepared.task_defaults)
+        return prepared
 
     async def publish(
         self,
@@ -94,6 +98,7 @@ class Swaps:
 
         Raises:
             AdapterError: A name is taken, or the model or the memory cannot take it.
+            InvalidRequest: A task brings sampling that is out of range.
             WorkerFailed: It takes too much time or memory.
             StorageFull: There is no room for it on the disk.
         """
@@ -107,6 +112,7 @@ class Swaps:
                 strict=strict,
                 assume_converted=assume_converted,
             )
+            check_defaults(prepared.task_defaults)
             keep = partial(
                 self._registry.publish, prepared, out, activate=activate, if_match=if_match
             )

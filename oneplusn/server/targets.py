@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.adapters.registry import Part, Registry, Version
 from oneplusn.errors import AdapterNotFound, InvalidRequest, UnknownTask
-from oneplusn.server.schemas import MAX_BLEND, TaskDefaults
+from oneplusn.server.errors import explain
+from oneplusn.server.schemas import MAX_BLEND, MAX_DEFAULT_TOKENS, TaskDefaults
 
 Asked = str | Mapping[str, float] | None
 _BLEND = "blend"
@@ -121,16 +122,50 @@ class Targets:
         return [] if active is None else list(active.tasks)
 
 
+def check_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse sampling of tasks that no request could ask for.
+
+    Raises:
+        InvalidRequest: A value is out of range, or of another type.
+    """
+    for task, values in defaults.items():
+        try:
+            _read_defaults(values)
+        except InvalidRequest as error:
+            way_out = "correct it in bundle.json, or leave it out"
+            msg = f"the defaults of task {task!r}: {error.message}; {way_out}"
+            raise InvalidRequest(msg, param=f"defaults.{task}.{error.param}") from None
+
+
 def sampling_defaults(version: Version, task: str) -> Mapping[str, Any]:
-    """Return the sampling that a version brings for a task; nothing if it is out of range."""
+    """Return the sampling that a version brings for a task; nothing if it is out of range.
+
+    Such a version was kept by a release that did not look.
+    """
     found = version.defaults.get(task)
     if not found:
         return {}
     try:
-        checked = TaskDefaults.model_validate(found)
-    except (ValidationError, InvalidRequest):
+        checked = _read_defaults(found)
+    except InvalidRequest:
         return {}
     return checked.model_dump(include=checked.model_fields_set)
+
+
+def _read_defaults(values: Mapping[str, Any]) -> TaskDefaults:
+    """Read the sampling of a task as a request's own would be read.
+
+    Raises:
+        InvalidRequest: A value is out of range, or of another type.
+    """
+    try:
+        checked = TaskDefaults.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise explain([{**each, "loc": ("defaults", *each["loc"])} for each in problems]) from None
+    # What one value says of another.
+    checked.sampling(max_tokens=checked.max_tokens or MAX_DEFAULT_TOKENS, seed=0, logprobs=None)
+    return checked
 
 
 def _defaults(task: str, parts: Sequence[Part]) -> Mapping[str, Any]:

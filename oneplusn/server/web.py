@@ -39,6 +39,7 @@ from oneplusn.server.logs import (
     read_trace_id,
 )
 from oneplusn.server.metrics import Metrics
+from oneplusn.server.receiving import TimedReceive
 
 T = TypeVar("T")
 
@@ -232,12 +233,13 @@ class RequestContext:
     """Outermost middleware: request id, log line, request metrics, and the last resort for faults.
 
     The client's `x-request-id` is kept if it is harmless, else a new one is made; the answer
-    carries it.
+    carries it. Bodies are read with a deadline, by whatever reads them.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, body_seconds: float) -> None:
         self._app = app
         self._metrics = metrics
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -258,7 +260,8 @@ class RequestContext:
         try:
             problem = _header_problem(scope)
             app = self._app if problem is None else http_error_response(scope, problem)
-            await app(scope, receive, send_with_id)
+            timed = TimedReceive(receive, self._body_seconds, lambda: record.status is not None)
+            await app(scope, timed, send_with_id)
         except ClientDisconnect:
             record.disconnect = True
         except Exception:

@@ -23,6 +23,7 @@ from oneplusn.server.jobs import JOBS, MIB
 from oneplusn.server.jobs.frames import (
     FATAL,
     OUT_OF_MEMORY,
+    UNAVAILABLE,
     Call,
     Done,
     Failed,
@@ -57,9 +58,7 @@ def do(module: ModuleType, call: Call) -> Reply:
     """Do one job; whatever happens in it becomes an answer."""
     try:
         request = msgspec.msgpack.decode(call.request, type=module.Request)
-        if hasattr(module, "warm"):
-            module.warm(request)
-            set_limits(module.SECONDS, module.MEMORY_BYTES)
+        _warm(module, request)
         return Done(msgspec.Raw(msgspec.msgpack.encode(module.run(request))))
     except OneplusnError as error:
         return Failed.of(error)
@@ -71,6 +70,26 @@ def do(module: ModuleType, call: Call) -> Reply:
         size = call.memory_bytes // MIB
         msg = f"it takes more than {size} MiB of memory, or a file of that size; a job may not"
         return Failed.of(WorkerFailed(msg, code=OUT_OF_MEMORY))
+
+
+def _warm(module: ModuleType, request: object) -> None:
+    """Load what a job keeps for later ones, if it does; its own limits count from then on.
+
+    Raises:
+        WorkerFailed: It cannot be loaded, which is not the fault of what is asked.
+    """
+    if not hasattr(module, "warm"):
+        return
+    try:
+        module.warm(request)
+    except OneplusnError:
+        raise
+    except Exception as error:
+        # Whatever a library raises while it loads, this process is of no use for the job.
+        _log.exception("what a job needs could not be loaded")
+        msg = "what this job needs could not be loaded; the server's log says why"
+        raise WorkerFailed(msg, code=UNAVAILABLE) from error
+    set_limits(module.SECONDS, module.MEMORY_BYTES)
 
 
 def set_limits(seconds: float, memory_bytes: int) -> None:

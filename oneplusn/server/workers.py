@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 
@@ -26,8 +26,16 @@ from oneplusn.adapters.image_file import check_image
 from oneplusn.adapters.prepared import BaseLayout, Prepared
 from oneplusn.errors import AdapterCorrupt, AdapterTooLarge, QueueFull, WorkerFailed
 from oneplusn.server.jobs import JOBS, Job, prepare, rebuild
-from oneplusn.server.jobs.frames import FATAL, Call, Failed, Reply, read_frame, write_frame
-from oneplusn.server.settings import ENV_PREFIX
+from oneplusn.server.jobs.frames import (
+    FATAL,
+    UNAVAILABLE,
+    Call,
+    Failed,
+    Reply,
+    read_frame,
+    write_frame,
+)
+from oneplusn.server.settings import ENV_PREFIX, Settings
 
 GIB = 1 << 30
 START_SECONDS = 120.0
@@ -60,6 +68,13 @@ class Workers:
         self._max_upload_bytes = max_upload_bytes
         self._max_image_bytes = max_image_bytes
         self._lanes: dict[str, _Lane] = {}
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Make those of a server, with the limits of its settings."""
+        return cls(
+            max_upload_bytes=int(settings.max_upload), max_image_bytes=int(settings.max_image)
+        )
 
     def start(self) -> None:
         """Start the process that reads adapters, which takes it seconds, and do not wait for it."""
@@ -146,7 +161,8 @@ class Workers:
 
         Raises:
             QueueFull: Too many jobs of its lane run or wait.
-            WorkerFailed: `worker_timeout`, `worker_memory`, or `worker_failed` for any other end.
+            WorkerFailed: `worker_timeout` or `worker_memory`; `worker_failed` when it ended in
+                another way; `worker_unavailable` when there was no process to do it.
             OneplusnError: What the job raised.
         """
         lane = self._lane(JOBS[kind].lane)
@@ -184,12 +200,16 @@ class _Lane:
         """Return the process, a new one if there is none.
 
         Raises:
-            WorkerFailed: The lane is closed.
+            WorkerFailed: The lane is closed, or the system has no room for a process.
         """
         if self._is_closed:
             raise WorkerFailed("the server is shutting down", code="draining")
         if self._child is None:
-            self._child = _Child(self.name)
+            try:
+                self._child = _Child(self.name)
+            except OSError as error:
+                msg = f"a worker process could not be started: {error.strerror}"
+                raise WorkerFailed(msg, code=UNAVAILABLE) from error
         return self._child
 
     def submit(self, kind: str, request: msgspec.Struct) -> asyncio.Task[Reply]:
@@ -227,19 +247,32 @@ class _Lane:
         job = JOBS[kind]
         raw = msgspec.Raw(msgspec.msgpack.encode(request))
         call = msgspec.msgpack.encode(Call(kind, raw, job.seconds, job.memory_bytes))
+        child = await self._warm_child()
+        reply, in_time = await self._within(job.seconds, child, partial(child.exchange, call))
+        if reply is None or (isinstance(reply, Failed) and reply.code in FATAL):
+            await self._retire(child)
+            with suppress(WorkerFailed):  # the next job says so, if it still holds
+                self.start()
+        if reply is None:
+            raise _ending(job, child.ending, in_time=in_time, closed=self._is_closed)
+        return reply
+
+    async def _warm_child(self) -> _Child:
+        """Return a process that can work.
+
+        Raises:
+            WorkerFailed: There is none to be had.
+        """
         child = self.start()
+        if child.ending is not None:  # it came to its end while it had nothing to do
+            await self._retire(child)
+            child = self.start()
         is_warm, _ = await self._within(START_SECONDS, child, child.wait_until_warm)
         if not is_warm:
             await self._retire(child)
             msg = "a worker process could not be started; the server's log says why"
-            raise WorkerFailed(msg)
-        reply, in_time = await self._within(job.seconds, child, partial(child.exchange, call))
-        if reply is None or (isinstance(reply, Failed) and reply.code in FATAL):
-            await self._retire(child)
-            self.start()
-        if reply is None:
-            raise _ending(job, child.ending, in_time=in_time)
-        return reply
+            raise WorkerFailed(msg, code=UNAVAILABLE)
+        return child
 
     async def _within(self, seconds: float, child: _Child, wait: Callable[[], T]) -> tuple[T, bool]:
         """Wait for a child on the lane's thread; kill the child when it takes too long.
@@ -323,8 +356,10 @@ def _environment() -> dict[str, str]:
     return {**{name: os.environ[name] for name in os.environ.keys() - ours}, **THREADS}
 
 
-def _ending(job: Job, code: int | None, *, in_time: bool) -> WorkerFailed:
-    """Say how a process came to its end."""
+def _ending(job: Job, code: int | None, *, in_time: bool, closed: bool) -> WorkerFailed:
+    """Say how a process came to its end in a job."""
+    if closed:
+        return WorkerFailed("the server is shutting down", code="draining")
     if not in_time or code == -signal.SIGXCPU:
         msg = f"the job took more than {job.seconds:g} s, its limit; send something smaller"
         return WorkerFailed(msg, code="worker_timeout")

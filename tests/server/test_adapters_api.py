@@ -233,7 +233,9 @@ class TestRefusedLate:
         upload(http, versions[0])
         before = files_in(data)
         answer = upload(http, versions[1], name="others")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_exists")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (409, "adapter_exists")
+        assert error["type"] == "conflict_error"
         assert answer.headers["x-should-retry"] == "false"
         assert files_in(data) == before
 
@@ -251,6 +253,16 @@ class TestRefusedLate:
         assert answer.json()["error"]["code"] == "adapter_memory_exhausted"
         assert files_in(data) == before
         assert ask(http, "add").status_code == 200
+
+
+def test_the_memory_of_an_adapter_has_a_limit(tmp_path, versions) -> None:
+    """Without a worker's process: what the limit is passed to is the job."""
+    settings = Settings(model="tiny-base", max_image=1000)
+    with serving(settings, tmp_path / "small") as own, httpx.Client(base_url=own.url) as client:
+        answer = upload(client, versions[0])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (413, "adapter_too_large")
+    assert "1000" in error["message"]
 
 
 class TestStart:

@@ -95,6 +95,17 @@ class TestHttp:
         assert error_of(answer)["code"] == "headers_too_large"
         assert answer.headers["x-request-id"]
 
+    @pytest.mark.parametrize(("size", "status"), [(60 << 10, 200), (70 << 10, 431)])
+    def test_it_is_the_same_where_they_come_in_pieces(self, live, http, size, status) -> None:
+        head = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx-long: "
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(head + b"a" * (size - 1024))
+            http.get("/health/live")  # by now it has read what came before
+            client.sendall(b"a" * 1024 + b"\r\n\r\n")
+            answer = client.makefile("rb").read()
+        assert int(answer.split(b" ", 2)[1]) == status
+
     def test_a_body_has_one_length(self, live) -> None:
         body = b"2\r\n{}\r\n0\r\n\r\n"
         lengths = b"content-length: 2\r\ntransfer-encoding: chunked\r\n"

@@ -232,7 +232,14 @@ class TestProof:
 
         asyncio.run(work())
 
-    @pytest.mark.parametrize("ending", [QueueFull("later"), WorkerFailed("no worker")])
+    @pytest.mark.parametrize(
+        "ending",
+        [
+            QueueFull("later"),
+            WorkerFailed("no worker", code="worker_unavailable"),
+            WorkerFailed("the server stops", code="draining"),
+        ],
+    )
     def test_what_says_nothing_of_the_grammar_is_forgotten(self, ending) -> None:
         async def work() -> None:
             worker = Worker(ending)
@@ -242,6 +249,37 @@ class TestProof:
             assert await proofs.prove(SPEC) == SPEC.encode()
 
         asyncio.run(work())
+
+    def test_what_broke_its_process_is_refused_and_may_be_tried_again(self) -> None:
+        """The system may have ended the process for reasons of its own."""
+
+        async def work() -> None:
+            worker = Worker(WorkerFailed("it broke down"))
+            proofs = Grammars(worker)
+            with pytest.raises(InvalidRequest, match="p broke the process") as caught:
+                await proofs.prove(SPEC)
+            assert (caught.value.code, caught.value.param) == ("grammar_too_complex", "p")
+            assert await proofs.prove(SPEC) == SPEC.encode()
+
+        asyncio.run(work())
+
+    @pytest.mark.parametrize(
+        ("ending", "said"),
+        [
+            (None, ""),
+            (InvalidRequest("this model has no end token"), "this model has no end token"),
+            (WorkerFailed("no process", code="worker_unavailable"), "no process"),
+        ],
+    )
+    def test_warming_up_starts_the_worker_and_never_fails(self, caplog, ending, said) -> None:
+        async def work() -> None:
+            worker = Worker(ending)
+            await Grammars(worker).warm()
+            assert worker.calls == 1
+
+        asyncio.run(work())
+        assert said in caplog.text
+        assert bool(caplog.text) == bool(said)
 
     def test_only_the_latest_are_remembered(self, monkeypatch) -> None:
         monkeypatch.setattr(grammars, "MAX_REMEMBERED", 2)

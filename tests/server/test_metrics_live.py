@@ -95,7 +95,10 @@ def test_what_a_sequence_did_not_reach_is_not_observed(other, counted) -> None:
 @pytest.fixture
 def own(adapter_folders, tmp_path) -> Iterator[Live]:
     settings = Settings(
-        model="tiny-base", data=tmp_path / "data", adapter={"sums": adapter_folders["sums"]}
+        model="tiny-base",
+        data=tmp_path / "data",
+        adapter={"sums": adapter_folders["sums"]},
+        max_upload=1 << 17,
     )
     with serving(settings, tmp_path / "model", ScriptedCore()) as running:
         yield running
@@ -145,11 +148,76 @@ def test_adapters_that_come_and_go(own, http, tmp_path) -> None:
     assert 0 < found["registry_disk_free_bytes"] <= shutil.disk_usage(own.server.data).total
 
 
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        ({"files": {"files": ("a.tar", b"x" * (1 << 17))}}, "payload_too_large"),
+        ({"json": {"name": "letters"}}, "unsupported_media_type"),
+        ({"data": {"name": "letters"}, "files": {"files": ("a.bin", b"x")}}, "pickle_rejected"),
+        ({"files": {"files": ("a.tar", b"x")}}, "missing_field"),
+    ],
+)
+def test_whatever_an_upload_is_refused_for_is_counted(own, http, sent, reason) -> None:
+    error = http.post("/v1/adapters", **sent).json()["error"]
+    assert error["code"] == reason
+    name = f'registry_uploads_total{{result="refused",reason="{reason}"}}'
+    assert samples(own.server.metrics)[name] == 1
+
+
+@pytest.mark.parametrize("change", ["activate", "rollback", "activate-after-deactivation"])
+def test_every_change_of_the_active_version_is_timed(own, http, tmp_path, change) -> None:
+    for seed in (1, 2):
+        folder = write_adapter(tmp_path / f"v{seed}", tasks=("vowels",), seed=seed)
+        upload(http, folder).raise_for_status()
+    if change == "activate-after-deactivation":
+        http.post("/v1/adapters/letters:deactivate").raise_for_status()
+    before = samples(own.server.metrics)["adapter_swap_seconds_count"]
+
+    if change == "activate":
+        answer = http.put("/v1/adapters/letters", json={"version": 1})
+    else:
+        answer = http.post("/v1/adapters/letters:rollback")
+
+    assert answer.status_code == 200, answer.text
+    assert samples(own.server.metrics)["adapter_swap_seconds_count"] == before + 1
+
+
 def test_a_restart_is_counted(own, http) -> None:
     assert samples(own.server.metrics)["engine_restarts_total"] == 0
     ask(http, None, "crash")
     wait_until(lambda: own.server.ready)
     assert samples(own.server.metrics)["engine_restarts_total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "status", "reason"),
+    [
+        ("hi", {}, 200, "stop"),
+        ("hi", {"max_new_tokens": 1}, 200, "length"),
+        ("endless", {"max_new_tokens": 200, "timeout": 0.02}, 504, "timeout"),
+        ("fail", {}, 500, "error"),
+        ("crash", {}, 503, "error"),
+    ],
+)
+def test_a_sequence_is_counted_under_what_ended_it(
+    own, http, inputs, parameters, status, reason
+) -> None:
+    body = {"task": None, "inputs": inputs, "parameters": parameters}
+    assert http.post("/generate", json=body).status_code == status
+    ended = {
+        name: value
+        for name, value in samples(own.server.metrics).items()
+        if name.startswith("generations_total")
+    }
+    assert ended == {f'generations_total{{task="tiny-base",finish_reason="{reason}"}}': 1}
+
+
+def test_the_log_says_that_a_stream_came_to_its_deadline(http, caplog) -> None:
+    caplog.set_level("INFO", "oneplusn.access")
+    parameters = {"max_new_tokens": 200, "timeout": 0.02}
+    http.post("/generate_stream", json={"inputs": "endless", "parameters": parameters})
+    wait_until(lambda: bool(caplog.records))
+    assert caplog.records[-1].fields["finish_reason"] == "timeout"
 
 
 def test_a_full_queue_turns_requests_away(tmp_path) -> None:
@@ -171,6 +239,8 @@ def test_a_client_that_leaves_before_its_answer_was_waiting(own, http) -> None:
         http.post("/generate", json={"task": None, "inputs": "x"}, timeout=0.3)
     name = 'client_disconnects_total{phase="waiting"}'
     wait_until(lambda: samples(own.server.metrics).get(name) == 1)
+    ended = 'generations_total{task="tiny-base",finish_reason="abort"}'
+    assert samples(own.server.metrics)[ended] == 1
 
 
 @pytest.mark.anyio

@@ -69,7 +69,7 @@ def test_a_key_is_demanded_where_there_is_one(document, tmp_path) -> None:
 def test_what_is_read_may_be_refused(operations) -> None:
     for (method, path), operation in operations.items():
         if "application/json" in operation.get("requestBody", {}).get("content", {}):
-            assert {"400", "413", "415"} <= operation["responses"].keys(), (method, path)
+            assert {"400", "408", "413", "415"} <= operation["responses"].keys(), (method, path)
             assert "422" not in operation["responses"], (method, path)
 
 

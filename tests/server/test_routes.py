@@ -294,7 +294,7 @@ BAD_PARAMETERS = {
     "top_p": [0, 1.1],
     "top_k": [-2],
     "min_p": [-0.1, 1.5],
-    "repetition_penalty": [0, -1],
+    "repetition_penalty": [0, -1, 1e-40, 0.009, 101],
     "presence_penalty": [-2.1],
     "seed": [1 << 63, 1.5],
     "stop": [["a"] * 5, "", ["x" * 257], [5]],

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
-import uvicorn
 
 from oneplusn.server.app import create_app
-from oneplusn.server.serve import Runner
+from oneplusn.server.serve import Runner, uvicorn_config
 from oneplusn.server.settings import Settings
 from scripted_engine import ScriptedCore
 from serving import InlineWorkers, launch, wait_until
@@ -53,8 +52,7 @@ def drain_seconds() -> float:
 async def served(tmp_path, drain_seconds) -> AsyncIterator[Served]:
     core = ScriptedCore()
     app = create_app(Settings(model="m"), launch(core, tmp_path), workers=InlineWorkers())
-    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
-    runner = Runner(config, app.state.server, drain_seconds=drain_seconds)
+    runner = Runner(uvicorn_config(app), app.state.server, drain_seconds=drain_seconds)
     stopped = asyncio.create_task(runner.serve())
     await asyncio.to_thread(wait_until, lambda: runner.started and app.state.server.ready)
     port = runner.servers[0].sockets[0].getsockname()[1]

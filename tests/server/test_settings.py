@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import re
+import subprocess
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from pydantic import ValidationError
 
+from oneplusn import cli
 from oneplusn.errors import ConfigError
+from oneplusn.server.engine.engine import EngineConfig
+from oneplusn.server.engine.model import load_model
 from oneplusn.server.host import available_memory, free_cores, physical_cores
-from oneplusn.server.settings import ENV_PREFIX, Settings, load_settings, shown_default
+from oneplusn.server.launch import ChildProcess, build_engine, read_settings
+from oneplusn.server.settings import (
+    ENGINE_SETTINGS,
+    ENV_PREFIX,
+    Settings,
+    load_settings,
+    shown_default,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 
@@ -100,6 +116,9 @@ class TestRefusal:
             ({"port": "70000"}, "less than or equal to 65535"),
             ({"kv_memory": "lots"}, "--kv-memory"),
             ({"kv_memory": "0"}, "greater than 0"),
+            ({"max_adapters": "0"}, "--max-adapters"),
+            ({"max_image": "-1"}, "--max-image"),
+            ({"header_timeout": "0"}, "--header-timeout"),
             ({"device": "tpu"}, "'auto', 'cpu' or 'cuda'"),
             ({"adapter": ["news"]}, "expected NAME=PATH, not 'news'"),
             ({"adapter": ["=x"]}, "expected NAME=PATH"),
@@ -153,6 +172,58 @@ def test_the_document_lists_every_setting() -> None:
         assert field.description, name
         assert f"| {field.description} |" in documented[name]
         assert f"| {shown_default(name)} |" in documented[name]
+
+
+class TestEngineSettings:
+    """One table says which settings are the engine's."""
+
+    def test_they_are_what_an_engine_is_built_with(self) -> None:
+        limits = {field.name for field in fields(EngineConfig)}
+        loading = signature(load_model).parameters.keys() - {"path_or_id"}
+        assert set(ENGINE_SETTINGS) == {"model"} | loading | limits & Settings.model_fields.keys()
+
+    def test_the_child_gets_them_and_how_to_log(self, monkeypatch) -> None:
+        settings = load_settings({"max_adapters": "3", "port": "9", "max_image": "1GiB"})
+        sent = run_child(settings, monkeypatch)
+        assert sent.keys() == {*ENGINE_SETTINGS, "log_level", "log_format"}
+        assert read_settings(msgspec.json.encode(sent)).max_adapters == 3
+
+    def test_the_limits_reach_the_engine(self, monkeypatch) -> None:
+        limits = {"kv_memory": 1 << 20, "adapter_memory": 1 << 20, "max_model_len": 64}
+        limits |= {"max_num_seqs": 3, "token_budget": 32, "max_adapters": 2}
+        built = build(load_settings({"model": "m", **limits}), monkeypatch)
+        assert {name: getattr(built, name) for name in limits} == limits
+
+    def test_they_are_options_of_generate(self, capsys) -> None:
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "--help"])
+        shown = capsys.readouterr().out
+        for name in (*ENGINE_SETTINGS, "adapter", "log_level"):
+            assert f"--{name.replace('_', '-')} " in shown
+
+
+def run_child(settings: Settings, monkeypatch) -> dict[str, object]:
+    """Start an engine that only says what it was told."""
+    written = io.BytesIO()
+    written.close = lambda: None
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(stdin=written))
+    ChildProcess(settings, "ipc://x")
+    return msgspec.json.decode(written.getvalue())
+
+
+class _Built(Exception):
+    """Carries the configuration out of an engine that was never made."""
+
+
+def build(settings: Settings, monkeypatch) -> EngineConfig:
+    def engine(model: object, config: EngineConfig) -> None:
+        raise _Built(config)
+
+    monkeypatch.setattr("oneplusn.server.engine.engine.Engine", engine)
+    monkeypatch.setattr("oneplusn.server.engine.model.load_model", lambda *_, **__: None)
+    with pytest.raises(_Built) as built:
+        build_engine(settings)
+    return built.value.args[0]
 
 
 class TestHost:

@@ -7,6 +7,7 @@ import socket
 import httpx
 import pytest
 
+from oneplusn.server import supervisor
 from oneplusn.server.settings import Settings
 from serving import Live, ScriptedCore, serving, wait_until
 
@@ -48,6 +49,7 @@ class TestDisconnect:
         wait_until(lambda: len(own.core.cancelled) == 4)
 
     def test_the_gauges_come_down_with_the_last_request(self, own) -> None:
+        own.core.step_seconds = 0.02  # so that it does not end before anybody looks
         with httpx.stream("POST", f"{own.url}/generate_stream", json=ENDLESS) as answer:
             next(answer.iter_lines())
             wait_until(lambda: b"num_requests_running 1.0" in own.server.metrics.scrape())
@@ -73,7 +75,8 @@ class TestEngineDeath:
             rest = "".join(lines)
 
         assert (crashed.status_code, crashed.json()["error"]["code"]) == (503, "engine_dead")
-        assert crashed.headers["retry-after"]
+        assert crashed.headers["retry-after"] == "1"
+        assert "x-should-retry" not in crashed.headers
         assert '"code":"engine_dead"' in rest
         assert "[DONE]" not in rest
         meanwhile = ask(own, "upper", "hi")
@@ -85,6 +88,21 @@ class TestEngineDeath:
         assert (after.status_code, after.json()["generated_text"]) == (200, "UPPER*1:hi")
         assert after.headers["x-oneplusn-adapter"] == before.headers["x-oneplusn-adapter"]
         assert own.server.engine.restarts == 1
+
+    def test_once_nothing_helps_but_a_restart_clients_are_told_not_to_repeat(
+        self, own, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(supervisor, "MAX_FAILURES", 1)
+
+        crashed = ask(own, None, "crash")
+        later = ask(own, None, "hi")
+
+        for answer in (crashed, later):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (503, "engine_dead")
+            assert (error["type"], answer.headers["x-should-retry"]) == ("server_error", "false")
+            assert "retry-after" not in answer.headers
+        assert httpx.get(f"{own.url}/health/live").status_code == 503
 
 
 def ask(own: Live, task: str | None, text: str) -> httpx.Response:

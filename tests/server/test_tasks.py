@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 
 from bundles import small_bundle
+from oneplusn import cli
+from oneplusn.adapters.bundle import Bundle
 from oneplusn.adapters.files import write_bundle
+from oneplusn.errors import ConfigError
 from oneplusn.server.settings import Settings
 from serving import Live, serving
 
 MODEL = "tiny-base"
-DEFAULTS = {
-    "terse": {"temperature": 0.25, "top_p": 0.5, "stop": ["."], "max_tokens": 3},
-    "odd": {"temperature": 99.0},
-}
+DEFAULTS = {"terse": {"temperature": 0.25, "top_p": 0.5, "stop": ["."], "max_tokens": 3}}
+
+
+def style(defaults: dict, *, name: str = "terse") -> Bundle:
+    """An adapter of one task that brings sampling of its own."""
+    return replace(small_bundle(tasks=(name,)), defaults={name: defaults})
 
 
 @pytest.fixture(scope="module")
 def own(adapter_folders, tmp_path_factory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("tasks")
-    bundle = replace(small_bundle(tasks=("terse", "odd")), defaults=DEFAULTS)
-    write_bundle(bundle, folder / "style")
+    write_bundle(style(DEFAULTS["terse"]), folder / "style")
     settings = Settings(model=MODEL, adapter={**adapter_folders, "style": folder / "style"})
     with serving(settings, folder / "model") as running:
         yield running
@@ -67,17 +72,71 @@ class TestDefaults:
         body = {"task": "terse", "inputs": "x" * 253}
         assert http.post("/generate", json=body).json()["details"]["generated_tokens"] == 2
 
-    def test_those_out_of_range_are_none(self, http, own) -> None:
-        assert http.post("/generate", json={"task": "odd", "inputs": "a"}).status_code == 200
-        assert own.core.submitted[-1].sampling.temperature == 0
-        assert http.get("/v1/tasks/odd").json()["defaults"] == {}
-
     def test_they_are_shown(self, http) -> None:
         assert http.get("/v1/tasks/terse").json()["defaults"] == DEFAULTS["terse"]
 
     def test_a_blend_has_none(self, http, own) -> None:
         http.post("/generate", json={"task": {"terse": 1, "add": 1}, "inputs": "a"})
         assert own.core.submitted[-1].sampling.temperature == 0
+
+
+def files_of(folder: Path) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+
+
+WRONG = [
+    ({"temperature": 99.0}, "temperature", "is 99.0: Input should be less than or equal to 2"),
+    ({"top_p": 0.0}, "top_p", "is 0.0: Input should be greater than 0"),
+    ({"top_k": "5"}, "top_k", "is '5': Input should be a valid integer"),
+    ({"max_tokens": 0}, "max_tokens", "is 0: Input should be greater than or equal to 1"),
+    ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
+    ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "is 9"),
+]
+
+
+class TestWrongDefaults:
+    """Sampling that no request could ask for is refused before anybody is served with it."""
+
+    @pytest.mark.parametrize("dry_run", ["true", "false"])
+    @pytest.mark.parametrize(("defaults", "field", "says"), WRONG)
+    def test_they_are_refused(self, http, tmp_path, defaults, field, says, dry_run) -> None:
+        write_bundle(style(defaults, name="odd"), tmp_path)
+        form = {"name": "odd", "dry_run": dry_run}
+        answer = http.post("/v1/adapters", data=form, files=files_of(tmp_path))
+
+        error = error_of(answer)
+        assert (answer.status_code, error["param"]) == (400, f"defaults.odd.{field}")
+        assert error["message"].startswith(f"the defaults of task 'odd': {field} is ")
+        assert says in error["message"]
+        assert "correct it in bundle.json" in error["message"]
+        assert http.get("/v1/adapters/odd").status_code == 404
+
+    def test_the_command_line_says_so_without_a_server(self, tmp_path, capsys) -> None:
+        write_bundle(style({"temperature": 99.0}), tmp_path / "a")
+        assert cli.main(["adapters", "check", str(tmp_path / "a")]) == 2
+        assert "the defaults of task 'terse': temperature is 99.0" in capsys.readouterr().err
+
+    def test_a_server_that_is_given_them_does_not_start(self, tmp_path) -> None:
+        write_bundle(style({"temperature": 99.0}), tmp_path / "a")
+        settings = Settings(model=MODEL, adapter={"a": tmp_path / "a"})
+        with (
+            pytest.raises(ConfigError, match="'a' cannot be served: the defaults of task 'terse'"),
+            serving(settings, tmp_path / "model"),
+        ):
+            pass
+
+    def test_those_of_an_earlier_release_count_as_none(
+        self, http, own, tmp_path, monkeypatch
+    ) -> None:
+        write_bundle(style({"temperature": 99.0}, name="odd"), tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr("oneplusn.server.swaps.check_defaults", lambda _: None)
+            http.post("/v1/adapters", data={"name": "odd"}, files=files_of(tmp_path))
+
+        assert http.post("/generate", json={"task": "odd", "inputs": "a"}).status_code == 200
+        assert own.core.submitted[-1].sampling.temperature == 0
+        assert http.get("/v1/tasks/odd").json()["defaults"] == {}
+        assert http.delete("/v1/adapters/odd").status_code == 200
 
 
 class TestSavedBlends:

@@ -23,10 +23,12 @@ from oneplusn.errors import (
     AdapterInvalid,
     AdapterMediaType,
     AdapterTooLarge,
+    InvalidRequest,
     QueueFull,
     WorkerFailed,
 )
 from oneplusn.server import jobs
+from oneplusn.server.grammars import Grammars, GrammarSpec
 from oneplusn.server.jobs import MIB, Job
 from oneplusn.server.workers import Workers
 from prepared_bundles import base_for, prepared
@@ -42,12 +44,17 @@ import mmap, os, sys, time
 import msgspec
 
 NEEDS = ("json",)
+SECONDS, MEMORY_BYTES = 1.0, 64 << 20
 
 class Request(msgspec.Struct):
     what: str
 
 class Result(msgspec.Struct):
     value: str
+
+def warm(request):
+    if request.what == "cold":
+        raise OSError("secret")
 
 def run(request):
     match request.what:
@@ -219,6 +226,7 @@ class TestLimits:
             ("fill", "worker_memory", "or a file of that size"),
             ("crash", "worker_failed", "has been replaced"),
             ("fault", "worker_failed", "ZeroDivisionError"),
+            ("cold", "worker_unavailable", "could not be loaded"),
         ],
     )
     async def test_a_job_that_goes_too_far_fails_and_the_next_one_is_served(
@@ -275,8 +283,7 @@ class TestProcess:
     async def test_one_that_dies_between_jobs_is_replaced(self, odd) -> None:
         pid = int(await ask(odd, "pid"))
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(WorkerFailed):
-            await ask(odd, "hello")
+        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert int(await ask(odd, "pid")) != pid
 
     async def test_a_caller_that_goes_away_does_not_disturb_the_next(self, odd) -> None:
@@ -293,17 +300,63 @@ class TestProcess:
         running = asyncio.create_task(ask(odd, "sleep"))
         await asyncio.sleep(0)
         await odd.close()
-        with pytest.raises(WorkerFailed):
+        with pytest.raises(WorkerFailed) as caught:
             await running
+        assert caught.value.code == "draining"
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
     async def test_one_that_cannot_start_is_told_as_such(self, odd, tmp_path) -> None:
         (tmp_path / "odd_job.py").write_text("raise SystemExit(3)")
-        with pytest.raises(WorkerFailed, match="could not be started"):
+        with pytest.raises(WorkerFailed, match="could not be started") as caught:
             await ask(odd, "hello")
+        assert (caught.value.status_code, caught.value.code) == (503, "worker_unavailable")
         (tmp_path / "odd_job.py").write_text(ODD_JOB)
         assert await ask(odd, "hello") == "hello"
+
+    async def test_so_is_one_that_the_system_has_no_room_for(self, odd, monkeypatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", refuse)
+            with pytest.raises(WorkerFailed) as caught:
+                await ask(odd, "hello")
+        assert caught.value.code == "worker_unavailable"
+        assert "Resource temporarily unavailable" in caught.value.message
+        assert await ask(odd, "hello") == "hello"
+
+
+class TestGrammars:
+    """A grammar is to blame for what becomes of the process in its own job, and for no more."""
+
+    @pytest.mark.parametrize(
+        ("what", "says"),
+        [
+            ("crash", "broke the process"),
+            ("fault", "broke the process"),
+            ("eat", "more than 1 s or 256 MiB"),
+            ("sleep", "more than 1 s or 256 MiB"),
+        ],
+    )
+    async def test_what_it_breaks_is_its_fault(self, odd, what, says) -> None:
+        proofs = Grammars(lambda spec: ask(odd, spec.text))
+        with pytest.raises(InvalidRequest, match=says) as caught:
+            await proofs.prove(GrammarSpec("ebnf", what, param="p"))
+        error = caught.value
+        assert (error.status_code, error.code, error.param) == (400, "grammar_too_complex", "p")
+        assert await proofs.prove(GrammarSpec("ebnf", "hello"))
+
+    @pytest.mark.parametrize("content", ["raise SystemExit(3)", None])
+    async def test_a_process_that_cannot_work_is_not(self, odd, tmp_path, content) -> None:
+        proofs = Grammars(lambda spec: ask(odd, spec.text))
+        spec = GrammarSpec("ebnf", "hello" if content else "cold")
+        (tmp_path / "odd_job.py").write_text(content or ODD_JOB)
+        with pytest.raises(WorkerFailed) as caught:
+            await proofs.prove(spec)
+        assert (caught.value.status_code, caught.value.code) == (503, "worker_unavailable")
+        (tmp_path / "odd_job.py").write_text(ODD_JOB.replace('"cold"', '"cold once"'))
+        assert await proofs.prove(spec) == spec.encode()
 
 
 async def test_one_bundle_after_another_in_one_process(shared, tmp_path) -> None:

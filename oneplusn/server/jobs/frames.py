@@ -11,7 +11,8 @@ from oneplusn.errors import OneplusnError, WorkerFailed
 
 MAX_FRAME_BYTES = 64 << 20
 OUT_OF_MEMORY = "worker_memory"
-FATAL = (OUT_OF_MEMORY,)
+UNAVAILABLE = "worker_unavailable"
+FATAL = (OUT_OF_MEMORY, UNAVAILABLE)
 """Codes after which a worker ends itself."""
 _LENGTH_BYTES = 4
 

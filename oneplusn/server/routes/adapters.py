@@ -11,11 +11,13 @@ import msgspec
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
+from starlette.exceptions import HTTPException
 
 from oneplusn.adapters.blobs import tar_bytes, tar_stream
 from oneplusn.adapters.registry import Adapter, Version
 from oneplusn.errors import AdapterNotFound, InvalidRequest, OneplusnError
 from oneplusn.server import schemas
+from oneplusn.server.errors import code_of
 from oneplusn.server.routes.common import ADAPTER_HEADER, READS_BODY, ServerDep, fails
 from oneplusn.server.state import Server
 from oneplusn.server.uploads import Upload, receive_upload
@@ -79,8 +81,8 @@ async def upload_adapter(
     """Keep an adapter and activate it; 201 if its content is new under this name, else 200."""
     try:
         return await _publish(request, server, _generation(if_match))
-    except OneplusnError as error:
-        server.metrics.count("registry_uploads", result="refused", reason=error.code)
+    except (OneplusnError, HTTPException) as error:
+        server.metrics.count("registry_uploads", result="refused", reason=code_of(error))
         raise
 
 

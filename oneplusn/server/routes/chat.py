@@ -51,7 +51,7 @@ async def chat_completions(
 ) -> Response:
     """Answer a conversation."""
     tokenizer = server.inference.tokenizer
-    plan = tool_plan(server, body)
+    plan = await tool_plan(server, body)
     batch = open_batch(request, server, who, await _jobs(server, body, plan), body)
     head = {
         "id": f"chatcmpl-{batch.request_id}",

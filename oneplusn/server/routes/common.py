@@ -43,7 +43,7 @@ def fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return dict.fromkeys(statuses, ERROR_RESPONSE)
 
 
-_BODY = (400, 413, 415)
+_BODY = (400, 408, 413, 415)
 READS_BODY = fails(*_BODY)
 INFERS = fails(*_BODY, 404, 429, 499, 504)
 STREAMS: dict[int | str, dict[str, Any]] = {200: EVENT_RESPONSE}
@@ -97,7 +97,7 @@ def note(request: Request, generations: Sequence[Generation]) -> None:
     record.adapter = headers(targets).get(ADAPTER_HEADER)
     record.prompt_tokens = sum(len(generation.job.tokens) for generation in generations)
     record.completion_tokens = sum(len(generation.outputs) for generation in generations)
-    reasons = dict.fromkeys(generation.finish_reason or "abort" for generation in generations)
+    reasons = dict.fromkeys(generation.ending for generation in generations)
     record.finish_reason = ",".join(reasons)
     firsts = [g.ttft_seconds for g in generations if g.ttft_seconds is not None]
     record.ttft_ms = min(firsts) * 1000 if firsts else None

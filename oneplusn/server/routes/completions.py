@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from oneplusn.server.batches import Batch
 from oneplusn.server.inference import Inference, Job
 from oneplusn.server.messages import TokenOutput
+from oneplusn.server.offload import offload
 from oneplusn.server.routes.common import (
     FINGERPRINT,
     INFERS,
@@ -43,8 +44,8 @@ async def completions(
 ) -> Response:
     """Continue one prompt, or several in one batch."""
     inference = server.inference
-    prompts = [await _encode(inference, body, prompt) for prompt in body.prompts]
-    spec = body.grammar
+    prompts = await _encode(inference, body)
+    spec = await offload(lambda: body.grammar, body.response_format, body.structured_outputs)
     grammar = None if spec is None else await server.grammars.prove(spec)
     batch = open_batch(request, server, who, _jobs(server, body, prompts, grammar), body)
     echoes = _echoes(inference, body, prompts)
@@ -81,12 +82,12 @@ async def completions(
     return JSONResponse(content, headers=headers(batch.targets))
 
 
-async def _encode(
-    inference: Inference, body: CompletionRequest, prompt: str | list[int]
-) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    return await inference.encode(prompt, param="prompt", add_special=body.add_special_tokens)
+async def _encode(inference: Inference, body: CompletionRequest) -> list[list[int]]:
+    """Turn the prompts that are texts into tokens, too."""
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    encoded = await inference.encode(texts, param="prompt", add_special=body.add_special_tokens)
+    rest = iter(encoded)
+    return [next(rest) if isinstance(prompt, str) else prompt for prompt in body.prompts]
 
 
 def _jobs(

@@ -16,6 +16,7 @@ from oneplusn.server.auth import Principal
 from oneplusn.server.batches import Batch
 from oneplusn.server.inference import Delta, Generation, Inference, Job
 from oneplusn.server.messages import TokenOutput
+from oneplusn.server.offload import offload
 from oneplusn.server.routes.common import (
     INFERS,
     STREAMS,
@@ -91,9 +92,9 @@ async def _stream(
 async def _jobs(server: Server, body: GenerateRequest) -> list[Job]:
     """Build one job per input."""
     wanted = body.parameters
-    encode = server.inference.encode
-    prompts = [await encode(text, param="inputs") for text, _ in body.pairs]
-    grammar = None if wanted.form is None else await server.grammars.prove(wanted.form)
+    prompts = await server.inference.encode([text for text, _ in body.pairs], param="inputs")
+    form = await offload(lambda: wanted.form, wanted)
+    grammar = None if form is None else await server.grammars.prove(form)
     (seed,) = seeds(wanted.seed, 1)
     return [
         Job(

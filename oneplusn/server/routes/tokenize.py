@@ -56,8 +56,8 @@ async def tokenize(body: TokenizeRequest, server: ServerDep) -> dict[str, Any]:
     inference = server.inference
     _check_model(inference, body.model)
     if body.prompt is not None:
-        tokens = await inference.encode(
-            body.prompt, param="prompt", add_special=body.add_special_tokens
+        (tokens,) = await inference.encode(
+            [body.prompt], param="prompt", add_special=body.add_special_tokens
         )
     else:
         messages = [message.for_template() for message in body.messages or []]

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from oneplusn.errors import InvalidRequest
 from oneplusn.server.grammars import TOO_COMPLEX
+from oneplusn.server.offload import offload
 from oneplusn.server.schemas_openai import ChatRequest
 from oneplusn.server.state import Server
 from oneplusn.server.toolcalls import Arguments, Begun, Event, Text, ToolAnswer, guess_form
 from oneplusn.server.toolspecs import ToolPlan, plan_tools
 
 
-def tool_plan(server: Server, body: ChatRequest) -> ToolPlan | None:
+async def tool_plan(server: Server, body: ChatRequest) -> ToolPlan | None:
     """Say how a request uses tools; None = not at all.
 
     Raises:
         InvalidRequest: It asks for what is not there, or the model cannot call tools.
     """
     template = server.inference.tokenizer.chat_template
-    return plan_tools(
+    form = server.settings.tool_parser or guess_form(template)
+    work = partial(
+        plan_tools,
         body.tools,
         body.tool_choice,
         parallel=body.parallel_tool_calls,
-        form=server.settings.tool_parser or guess_form(template),
+        form=form,
     )
+    return await offload(work, body.tools)
 
 
 async def prove_grammar(server: Server, body: ChatRequest, plan: ToolPlan | None) -> str | None:
@@ -37,8 +42,11 @@ async def prove_grammar(server: Server, body: ChatRequest, plan: ToolPlan | None
         InvalidRequest: The grammar is malformed or takes too much.
         QueueFull, WorkerFailed: It cannot be proven now.
     """
-    answer = body.grammar
-    spec = answer if plan is None else plan.grammar(answer)
+    answer = await offload(lambda: body.grammar, body.response_format, body.structured_outputs)
+    if plan is None:
+        spec = answer
+    else:
+        spec = await offload(partial(plan.grammar, answer), plan.shown)
     if spec is None:
         return None
     try:
