@@ -16,7 +16,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test check fmt lint types acceptance bench bench-swap other-triton kernel-report gpu-smoke container-steps clean
+.PHONY: experiments help install serve demo test check fmt lint types acceptance bench bench-swap other-triton kernel-report gpu-smoke container-steps clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -65,6 +65,7 @@ lint: $(STAMP) ## ruff, without changing anything
 
 types: $(STAMP) ## mypy in strict mode
 	$(BIN)/mypy -p oneplusn
+	$(BIN)/mypy experiments
 
 acceptance: $(STAMP) $(patsubst %,$(ACCEPTANCE)/%/.installed,openai-2 openai-3 node) ## real clients against a real server (minutes, Node 20)
 	cd $(CLIENTS) && $(MEET) $(CURDIR)/$(ACCEPTANCE)/openai-2/bin/pytest \
@@ -81,6 +82,11 @@ bench-swap: $(STAMP) ## flip an adapter's versions under load, and print what it
 
 container-steps: $(STAMP) ## run the steps of the CPU image in a clean folder (minutes)
 	$(BIN)/pytest -m slow tests/test_containers.py
+
+experiments: $(STAMP) ## what the methods do under conflict, with separation, over ranks (most of an hour)
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m experiments.e1 $(ARGS)
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m experiments.e2 $(ARGS)
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m experiments.e3 $(ARGS)
 
 other-triton: $(OTHER_TRITON) ## the oldest Triton, for the kernel report and its test
 

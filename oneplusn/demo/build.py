@@ -21,91 +21,47 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from oneplusn.adapters.bundle import Bundle
 from oneplusn.adapters.files import read_adapter, write_bundle
-from oneplusn.adapters.fingerprint import base_fingerprint
-from oneplusn.adapters.methods import CgcLora, CPoly, LoraPerTask, Method
-from oneplusn.adapters.training.data import Example, TaskDataset
-from oneplusn.adapters.training.trainer import TrainSettings, train_cluster
+from oneplusn.adapters.training.config import load_config
+from oneplusn.adapters.training.run import run
+from oneplusn.demo.corpus import write as write_corpus
 from oneplusn.demo.pretrain import Settings, pretrain
-from oneplusn.demo.tasks import CLUSTERS, TASKS, draw_input, examples
+from oneplusn.demo.tasks import CLUSTERS, TASKS, examples
 from oneplusn.server.engine.llm import Engine
 
+CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("base", "adapters", "table")
 MAX_ANSWER_TOKENS = 48
 CHUNK = 512
 EVALUATION_SEED = 7
 
 
-def tasks_of(cluster: str) -> tuple[str, ...]:
-    """Return the names of a cluster's tasks."""
-    return tuple(task.name for task in TASKS.values() if task.cluster == cluster)
+def train(
+    base: Path, cluster: str, seed: int, overrides: Mapping[str, object] | None = None
+) -> Bundle:
+    """Train one cluster as its file in configs/ says.
 
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Hold how one cluster is trained."""
-
-    method: Method
-    settings: TrainSettings
-    num_examples: int = 6000
-
-
-RECIPES: dict[str, Recipe] = {
-    "text": Recipe(
-        CgcLora(tasks_of("text"), num_common=2, num_own=1, rank=4, own_rank=2),
-        TrainSettings(steps=600, batch_size=32),
-    ),
-    "numbers": Recipe(
-        CPoly(
-            tasks_of("numbers"),
-            num_common=4,
-            num_own=1,
-            rank=8,
-            own_rank=2,
-            borrows={"largest": ("sort_numbers",)},
-        ),
-        TrainSettings(steps=1500, batch_size=32),
-        num_examples=12000,
-    ),
-    "records": Recipe(LoraPerTask(tasks_of("records"), rank=8), TrainSettings(steps=500)),
-}
-
-
-def training_examples(cluster: str, n: int, seed: int) -> list[Example]:
-    """Draw n inputs and give each to every task of the cluster, without any tag."""
-    rng = random.Random(seed)
-    found = []
-    for _ in range(n // len(tasks_of(cluster))):
-        text = draw_input(CLUSTERS[cluster], "train", rng)
-        found += [Example(task, text, TASKS[task].function(text)) for task in tasks_of(cluster)]
-    return found
-
-
-def train(base: Path, cluster: str, seed: int) -> Bundle:
-    """Train one cluster's experts and gates beside the frozen base."""
-    recipe = RECIPES[cluster]
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    dataset = TaskDataset(
-        training_examples(cluster, recipe.num_examples, seed),
-        recipe.method.tasks,
-        tokenizer,
-        max_tokens=model.config.max_position_embeddings,
-    )
-    settings = replace(recipe.settings, seed=seed)
-    bundle = train_cluster(
-        model,
-        recipe.method,
-        dataset,
-        settings,
-        pad_token_id=tokenizer.pad_token_id,
-        base_fingerprint=base_fingerprint(base),
-    )
-    told = {f"description.{task}": TASKS[task].description for task in bundle.tasks}
-    return replace(bundle, metadata={"description": CLUSTERS[cluster].description, **told})
+    Args:
+        base: folder of the base.
+        cluster: one of `CLUSTERS`.
+        seed: of the examples and of the training.
+        overrides: further keys of the configuration, as {"training.steps": 10}.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        write_corpus(scratch, [cluster], seed)
+        changes = {
+            "base": str(base),
+            "output": str(scratch / "runs"),
+            "data.train": [{"path": str(scratch / cluster / "train.jsonl")}],
+            "data.validation": [{"path": str(scratch / cluster / "validation.jsonl")}],
+            "training.seed": seed,
+        }
+        config = load_config(CONFIGS / f"{cluster}.yaml", {**changes, **(overrides or {})})
+        trained = run(config)[0]
+        return read_adapter(trained.bundle, name=cluster)
 
 
 def without(bundle: Bundle, kind: str) -> Bundle:
@@ -222,7 +178,7 @@ def build(
             shutil.rmtree(out_dir / "adapters" / cluster, ignore_errors=True)
             write_bundle(bundle, out_dir / "adapters" / cluster)
     if "table" in stages:
-        bundles = {name: read_adapter(out_dir / "adapters" / name, name=name) for name in RECIPES}
+        bundles = {name: read_adapter(out_dir / "adapters" / name, name=name) for name in CLUSTERS}
         rows = evaluate(out_dir, bundles, n)
         (out_dir / "accuracy.md").write_text(table(rows, n))
         measured = {
@@ -246,7 +202,7 @@ def main() -> None:
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="what to make again"
     )
     parser.add_argument(
-        "--clusters", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), help="to train"
+        "--clusters", nargs="+", choices=tuple(CLUSTERS), default=tuple(CLUSTERS), help="to train"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -11,8 +10,8 @@ import pytest
 import oneplusn
 from oneplusn.adapters.files import read_adapter
 from oneplusn.adapters.fingerprint import base_fingerprint
-from oneplusn.adapters.training.trainer import TrainSettings
-from oneplusn.demo.build import RECIPES, accuracy, train
+from oneplusn.demo.build import accuracy, train
+from oneplusn.demo.corpus import SIZES
 from oneplusn.demo.run import measure
 from oneplusn.demo.tasks import CLUSTERS, TASKS
 from oneplusn.errors import AdapterIncompatible
@@ -59,10 +58,17 @@ class TestBase:
         assert f"trained on {BASE} and this base is {other}" in caught.value.message
 
     def test_a_bundle_trained_again_names_it(self, cluster, monkeypatch) -> None:
-        settings = TrainSettings(steps=1, batch_size=2, progress=False)
-        recipe = replace(RECIPES[cluster], settings=settings, num_examples=8)
-        monkeypatch.setitem(RECIPES, cluster, recipe)
-        assert train(demo_data() / "base", cluster, seed=0).base == BASE
+        monkeypatch.setitem(SIZES, cluster, 8)
+        monkeypatch.setattr("oneplusn.demo.corpus.VALIDATION_EXAMPLES", 4)
+        monkeypatch.setattr(
+            "oneplusn.adapters.training.report.write_report", lambda folder, *_: folder
+        )
+        quick = {"training.steps": 1, "training.batch_size": 2, "training.progress": False}
+        again = train(demo_data() / "base", cluster, seed=0, overrides=quick)
+        assert again.base == BASE
+        shipped = bundle(cluster)
+        assert (again.method, again.tasks) == (shipped.method, shipped.tasks)
+        assert (again.experts, again.metadata) == (shipped.experts, shipped.metadata)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["task"])

@@ -1,0 +1,215 @@
+"""E3, rank and number of clusters: quality, bytes against flattened LoRAs, and speed when served.
+
+    python -m experiments.e3 [--quick] [--jobs N] [--prefix 'nice -n 10']
+
+Up to four CGC-LoRA clusters of four tasks each, at ranks from 1 to 64, at
+one learning rate. Speed is that of a mixed batch over all tasks of N clusters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from experiments.grid import Grid, Plan, main
+from experiments.report import group, mean, save, seed_values, spread, surroundings, table
+from experiments.run import Outcome, Run
+from experiments.serving import (
+    BATCH,
+    NEW_TOKENS,
+    NUM_COMMON,
+    PROMPT_TOKENS,
+    TASKS_PER_CLUSTER,
+    Served,
+)
+
+RANKS = (1, 8, 64)
+CLUSTERS: tuple[int, ...] = (1, 2, 4)
+RATES = (4e-3,)
+CONFLICT = 0.3
+EXAMPLES = 24
+STEPS = 350
+MIB = 2**20
+
+TEXT = """
+N clusters of four tasks, each cluster a CGC-LoRA bundle of its own with A = {common} common experts
+and B = 1 own expert a task, all of rank r: (A + 4) r rank rows a cluster at every linear.
+Flattened, as a server without gates would load them, the same tasks are four LoRAs of rank
+(A + 1) r. The clusters are ciphers whose tasks disagree on 30 % of the letters; the first adds an
+offset of the task's own modulo 24. Clusters share nothing, so the quality of N clusters is the mean
+over the first N. {steps} steps a cluster at a learning rate of {rates}. The seed is the cluster's
+number.
+"""
+
+SERVING = """
+Random factors of the same layout beside the demo's base (6 layers, width 256, bf16), one thread.
+{batch} requests at once, one task after the other, {prompt} prompt and {new} new tokens each;
+generated tokens per second, prompts included, median of three rounds in which both forms and the
+bare base answer in turn. Resident is what the engine's pool uses, whole pages and tables.
+The machine has other users: read the ratios, and those only as far as their range is narrow.
+"""
+
+
+def settings(ranks: Sequence[int]) -> list[Run]:
+    """List rank by rank; the seed picks the cluster."""
+    return [
+        Run(
+            label=f"r {rank}",
+            method="cgc-lora",
+            settings={
+                "num_common": NUM_COMMON,
+                "num_own": 1,
+                "rank": rank,
+                "embedding_dim": 8,
+            },
+            family="varied",
+            options={"count": TASKS_PER_CLUSTER, "conflict": CONFLICT},
+            examples=EXAMPLES,
+            steps=STEPS,
+        )
+        for rank in ranks
+    ]
+
+
+def read_served(path: Path) -> dict[tuple[int, int], Served]:
+    """Read (clusters, rank) -> what was measured."""
+    if not path.is_file():
+        return {}
+    found = [Served(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(each.clusters, each.rank): each for each in found}
+
+
+def measure(
+    grid: Grid, ranks: Sequence[int], clusters: Sequence[int]
+) -> dict[tuple[int, int], Served]:
+    """Measure the points that the file of served results lacks, each in a process of its own."""
+    path = grid.results.with_stem(f"{grid.results.stem}_served")
+    missing = [
+        (number, rank)
+        for rank in ranks
+        for number in clusters
+        if (number, rank) not in read_served(path)
+    ]
+    for number, rank in tqdm(missing, desc="E3: serving", unit="point", dynamic_ncols=True):
+        arguments = ["--clusters", str(number), "--rank", str(rank)]
+        for line in grid.process("experiments.serving", arguments):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+    return read_served(path)
+
+
+def report(
+    outcomes: Sequence[Outcome],
+    tried: Sequence[Outcome],
+    served: Mapping[tuple[int, int], Served],
+    folder: Path,
+) -> None:
+    """Write e3.md and e3.png."""
+    by_rank = group(outcomes)
+    rates = " and ".join(f"{rate:g}" for rate in RATES)
+    quality = TEXT.format(common=NUM_COMMON, steps=STEPS, rates=rates)
+    serving = SERVING.format(batch=BATCH, prompt=PROMPT_TOKENS, new=NEW_TOKENS)
+    parts = ["# E3: rank and number of clusters", quality, surroundings(tried)]
+    parts += ["![quality, bytes and speed](e3.png)", "## Quality", _quality(by_rank)]
+    parts += ["## Bytes and speed", serving, _speed(served)]
+    parts.append(
+        "`python -m experiments.e3` makes this page from [e3.jsonl](e3.jsonl) and"
+        " [e3_served.jsonl](e3_served.jsonl)."
+    )
+    (folder / "e3.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    _plot(by_rank, served)
+    save(folder / "e3.png")
+
+
+def _quality(by_rank: Mapping[str, Sequence[Outcome]]) -> str:
+    known = len(next(iter(by_rank.values())))
+    numbers = [number for number in CLUSTERS if number <= known]
+    head = ["rank", "rate", "parameters a cluster", *(f"N = {number}" for number in numbers)]
+    rows = []
+    for label, outcomes in by_rank.items():
+        cells = []
+        for number in numbers:
+            first = outcomes[:number]
+            worst = min(seed_values(first, "worst"))
+            cells.append(f"{spread(seed_values(first, 'mean'))} / {worst:.2f}")
+        run = outcomes[0].run
+        rows.append([label, f"{run.rate:g}", f"{sum(outcomes[0].parameters):,}", *cells])
+    return (
+        "Mean token accuracy of the clusters with their range / the worst task of all.\n\n"
+        + table(head, rows)
+    )
+
+
+def _speed(served: Mapping[tuple[int, int], Served]) -> str:
+    head = (
+        *("rank", "N", "factors, MiB", "flattened", "ratio", "resident, MiB", "flattened"),
+        *("tokens/s", "flattened", "bare base", "clusters / flattened [range]"),
+    )
+    rows = []
+    for (number, rank), each in sorted(served.items(), key=lambda item: item[0][::-1]):
+        rows.append(
+            [
+                *(
+                    str(rank),
+                    str(number),
+                    f"{each.bytes / MIB:.1f}",
+                    f"{each.flat_bytes / MIB:.1f}",
+                ),
+                f"{each.flat_bytes / each.bytes:.2f}x",
+                *(f"{each.resident / MIB:.1f}", f"{each.flat_resident / MIB:.1f}"),
+                *(f"{each.rate:.0f}", f"{each.flat_rate:.0f}", f"{each.bare_rate:.0f}"),
+                spread(each.ratios),
+            ]
+        )
+    return table(head, rows)
+
+
+def _plot(
+    by_rank: Mapping[str, Sequence[Outcome]], served: Mapping[tuple[int, int], Served]
+) -> None:
+    _, axes = plt.subplots(1, 3, figsize=(13, 4))
+    ranks = [int(label.split()[1]) for label in by_rank]
+    for place, outcomes in enumerate(zip(*by_rank.values(), strict=True)):
+        axes[0].plot(ranks, [o.mean for o in outcomes], "C7-", linewidth=0.7, zorder=place)
+    axes[0].plot(ranks, [mean(seed_values(o, "mean")) for o in by_rank.values()], "C0o-")
+    axes[0].plot(ranks, [min(seed_values(o, "worst")) for o in by_rank.values()], "C3.--")
+    axes[0].set_title("token accuracy: mean, clusters, worst task")
+    axes[0].set_ylim(0, 1.02)
+    for place, number in enumerate(sorted({key[0] for key in served})):
+        found = sorted((rank, each) for (n, rank), each in served.items() if n == number)
+        at = [rank for rank, _ in found]
+        axes[1].plot(
+            at, [each.bytes / MIB for _, each in found], f"C{place}o-", label=f"N = {number}"
+        )
+        axes[1].plot(at, [each.flat_bytes / MIB for _, each in found], f"C{place}.--")
+        axes[2].plot(at, [each.rate for _, each in found], f"C{place}o-", label=f"N = {number}")
+        axes[2].plot(at, [each.flat_rate for _, each in found], f"C{place}.--")
+    axes[1].set_title("MiB of factors; dashed: flattened")
+    axes[1].set_yscale("log")
+    axes[2].set_title("tokens/s of a mixed batch; dashed: flattened")
+    axes[2].set_ylim(bottom=0)
+    for side in axes:
+        side.set_xscale("log", base=2)
+        side.set_xlabel("rank of an expert")
+        side.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+
+
+def run(grid: Grid, args: argparse.Namespace) -> None:
+    """Train and measure what is missing, then write tables and plots."""
+    plan, clusters = Plan("E3", settings(RANKS), RATES, range(max(CLUSTERS))), CLUSTERS
+    if args.quick:
+        plan, clusters = Plan("E3", settings(RANKS[:2]), RATES[1:2], range(2)), CLUSTERS[:2]
+    plan.execute(grid, args.only)
+    outcomes, tried = plan.finished(grid)
+    ranks = sorted({outcome.run.settings["rank"] for outcome in outcomes})
+    report(outcomes, tried, measure(grid, ranks, clusters), grid.results.parent)
+
+
+if __name__ == "__main__":
+    main("e3", run, __doc__)

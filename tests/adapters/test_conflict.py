@@ -1,0 +1,169 @@
+"""A small E1: where tasks partly disagree, gates beat one LoRA for all and one for each.
+
+And what the experiments' figures mean, and that a grid goes on where it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from oneplusn.adapters.bundle import Expert
+from oneplusn.adapters.files import write_bundle
+from oneplusn.server.engine.llm import Engine
+
+ROOT = Path(__file__).parents[2]
+MARGIN = 0.05
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    """Import the folder beside the package; the root itself must not be on the path."""
+    spec = importlib.util.spec_from_file_location(
+        "experiments", ROOT / "experiments" / "__init__.py"
+    )
+    sys.modules["experiments"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["experiments"])
+    yield importlib.import_module("experiments.e1"), importlib.import_module("experiments.run")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "experiments"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def bed(experiments) -> ModuleType:
+    return sys.modules["experiments.bed"]
+
+
+@pytest.fixture(scope="module")
+def base(bed, tmp_path_factory):
+    """A base that can only copy takes a third of the time, and copying is no part of the claim."""
+    torch.set_num_threads(1)
+    settings = bed.Pretraining(arrangements=("copy",), steps=220)
+    folder = bed.make_base(tmp_path_factory.mktemp("base") / "base", settings, progress=False)
+    model, _ = bed.load_base(folder)
+    assert bed.base_accuracy(model, "copy") > 0.99
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(experiments, base):
+    """Method -> bundle and outcome at a conflict of 0.3, all of 12 rank rows and one rate."""
+    e1, run = experiments
+    found = {}
+    for each in e1.settings([0.3]):
+        if each.label in (e1.SHARED, e1.OWN, e1.CGC):
+            options = {**each.options, "arrangement": "copy"}
+            each = replace(each.at(1e-2, 0), options=options, examples=12, steps=250)
+            found[each.method] = run.execute(each, base)
+    return found
+
+
+def test_methods_of_equal_size(trained):
+    sizes = [sum(outcome.parameters) for _, outcome in trained.values()]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+def test_gated_experts_beat_one_lora_for_all_tasks_and_one_for_each(trained):
+    shared, own, gated = (trained[name][1] for name in ("shared-lora", "lora", "cgc-lora"))
+    for plain in (shared, own):
+        assert gated.mean > plain.mean + MARGIN
+        assert gated.worst > plain.worst + MARGIN
+
+
+def test_the_accuracy_is_that_of_what_is_served(trained, bed, base, tmp_path):
+    bundle, outcome = trained["cgc-lora"]
+    write_bundle(bundle, tmp_path / "cluster")
+    tasks = outcome.run.family_tasks()
+    examples = bed.draw(tasks, 16, split="test", seed=outcome.run.seed)
+    with Engine(base, adapters={"cluster": tmp_path / "cluster"}, threads=1) as engine:
+        answers = engine.generate(
+            [example.prompt for example in examples],
+            tasks=[example.task for example in examples],
+            max_tokens=bed.LENGTH + 1,
+        )
+    pairs = zip(answers, examples, strict=True)
+    right = [a == b for x, y in pairs for a, b in zip(x.text, y.completion, strict=False)]
+    assert sum(right) / (bed.LENGTH * len(examples)) == pytest.approx(outcome.mean, abs=0.05)
+
+
+EXPERTS = (
+    *(Expert(f"common-{i}", "common", None, 1) for i in range(2)),
+    *(Expert(f"{task}-0", "own", task, 1) for task in ("a", "b", "c", "d")),
+)
+
+
+def test_the_planted_partition_is_found_in_gate_rows(experiments):
+    score = importlib.import_module("experiments.score")
+    rows = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8]])
+    assert score.agreement([rows, rows], ["x", "x", "y", "y"]) == 1
+    assert score.agreement([rows], ["x", "y", "x", "y"]) < 0
+    assert score.agreement([torch.eye(4)], ["x", "x", "y", "y"]) is None
+    assert score.agreement([rows], ["x"] * 4) is None
+
+
+def test_entropy_and_borrowing(experiments):
+    score = importlib.import_module("experiments.score")
+    own = torch.eye(4)
+    own[0, 1] = -1.0  # a takes away as much of b's skill as b adds
+    even = torch.cat([torch.full((4, 2), 0.5), own], dim=1)
+    single = torch.cat([torch.tensor([[1.0, 0.0]] * 4), torch.eye(4)], dim=1)
+    assert score.common_entropy(EXPERTS, [even]) == pytest.approx(1)
+    assert score.common_entropy(EXPERTS, [single]) == pytest.approx(0)
+    assert score.common_entropy(EXPERTS[2:], [own]) is None
+    assert score.borrowed_mass("abcd", EXPERTS, [even]) == pytest.approx(1 / 5)
+    assert score.borrowed_mass("abcd", EXPERTS, [single]) == 0
+    assert score.borrowed_mass("abcd", EXPERTS[:2], [even[:, :2]]) is None
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([0.1, 0.2, 0.02], "better in all 3 seeds"),
+        ([-0.1, -0.2], "worse in all 2 seeds"),
+        ([0.1, -0.2], "the sign depends on the seed"),
+        ([0.004, 0.003], "no difference"),
+    ],
+)
+def test_a_difference_is_one_in_every_seed(experiments, differences, words):
+    assert words in importlib.import_module("experiments.report").verdict(differences)
+
+
+def test_an_interrupted_grid_goes_on_where_it_was(experiments, tmp_path, monkeypatch):
+    e1, run = experiments
+    grid = importlib.import_module("experiments.grid")
+    plan = grid.Plan("E1", e1.settings([0.0])[:2], rates=(1e-3, 1e-2), seeds=(0, 1))
+    ran = []
+
+    def outcome(fields):
+        ran.append((fields["label"], fields["rate"], fields["seed"]))
+        found = {"a": fields["rate"]}
+        made = run.Outcome(run.Run(**fields), (1, 2), found, found, None, None, None, 0.1)
+        return json.dumps(asdict(made)) + "\n"
+
+    def process(self, module, arguments, text):
+        yield from map(outcome, json.loads(text))
+
+    monkeypatch.setattr(grid.Grid, "process", process)
+    results = tmp_path / "e1.jsonl"
+    plan.execute(grid.Grid(results, tmp_path), only="per task")
+    assert ran == [(e1.OWN, rate, seed) for rate in plan.rates for seed in plan.seeds]
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[:3]))
+    ran.clear()
+    again = grid.Grid(results, tmp_path)
+    plan.execute(again, only="per task")
+    assert ran == [(e1.OWN, 1e-2, 1)]
+    best, tried = plan.finished(again)
+    assert [(o.run.label, o.run.rate, o.run.seed) for o in best] == [
+        (e1.OWN, 1e-2, 0),
+        (e1.OWN, 1e-2, 1),
+    ]
+    assert len(tried) == 4
