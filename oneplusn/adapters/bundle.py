@@ -95,7 +95,7 @@ class Bundle:
     """Hold one cluster: every expert, every task, and a gate row per task and module.
 
     Attributes:
-        method: How it was trained, as `cgc`, `cpoly`, `lora`; information only.
+        method: How it was trained, as `cgc-lora`, `c-poly`, `lora`; information only.
         tasks: Names, in the order of the gate rows.
         experts: In the order of the gate columns.
         modules: Module path of the base model -> what is added there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from oneplusn.adapters.files import write_bundle
 from oneplusn.demo.tokenizer import ANSWER_ID, END_ID, build_tokenizer
 from oneplusn.errors import (
     AdapterExists,
+    AdapterIncompatible,
     ConfigError,
     InvalidRequest,
     PromptTooLong,
@@ -174,3 +176,14 @@ def test_demo_without_its_files_says_how_to_make_them(tmp_path: Path, monkeypatc
     monkeypatch.setattr("oneplusn.server.engine.model.demo_data", lambda: tmp_path)
     with pytest.raises(ConfigError, match=r"python -m oneplusn\.demo\.build"):
         oneplusn.Engine("demo", **SMALL)
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    trained = cluster(tiny_model("llama", vocab_size=259), ["new"], seed=3)
+    bundle = replace(trained, base="base:" + "0" * 32)
+    write_bundle(bundle, tmp_path / "other")
+    with (
+        oneplusn.Engine(data / "base", **SMALL) as engine,
+        pytest.raises(AdapterIncompatible, match="'other' was trained on base:0000"),
+    ):
+        engine.load_adapter("other", tmp_path / "other")

@@ -10,7 +10,13 @@ from typing import Self, TypedDict, Unpack, cast
 
 from oneplusn.adapters.files import read_adapter
 from oneplusn.adapters.refs import TaskRef
-from oneplusn.errors import AdapterExists, InvalidRequest, ServingError, UnknownTask
+from oneplusn.errors import (
+    AdapterExists,
+    AdapterIncompatible,
+    InvalidRequest,
+    ServingError,
+    UnknownTask,
+)
 from oneplusn.server.engine.engine import Engine as Core
 from oneplusn.server.engine.engine import EngineConfig
 from oneplusn.server.engine.memory import MemoryPlan
@@ -173,6 +179,10 @@ class Engine:
         if taken:
             msg = f"task {taken[0]!r} of {name!r} belongs to {self.tasks[taken[0]]!r} already"
             raise AdapterExists(msg)
+        known = self.core.model.fingerprint
+        if bundle.base is not None and known and bundle.base != known:
+            msg = f"{name!r} was trained on {bundle.base} and this base is {known}; serve that base"
+            raise AdapterIncompatible(msg, code="base_mismatch")
         # Pinned, as nothing here could bring it back when the pool makes room for another.
         self.core.load(bundle, pin=True)
         for task in bundle.tasks:
