@@ -96,7 +96,7 @@ gate row can tell tasks or clusters apart, and the planted partition is known.
 
 Every setting has 24 rank rows at every linear: (A + 6 B) r = 24, r is 1 where nothing is said.
 Rows without a method's name are C-Poly with output mix, all borrowing allowed, no noise. The
-learning rate is {rates} for all, the one that was best for C-Poly and CGC-LoRA in E1.
+learning rate is {rates} for every setting; it was not chosen setting by setting.
 
 * **entropy** of the rows over the common skills, 1 where they are uniform;
 * **borrowed** share of the weight on own skills that lies on other tasks' skills, the off-diagonal
@@ -143,9 +143,12 @@ def report(outcomes: Sequence[Outcome], tried: Sequence[Outcome], folder: Path) 
         "Other methods of the same size": OTHERS,
     }
     for title, labels in sections.items():
-        parts += [f"## {title}", _rows({label: found[label] for label in labels if label in found})]
+        if known := {label: found[label] for label in labels if label in found}:
+            parts += [f"## {title}", _rows(known)]
     pairs = [pair for pair in PAIRS if set(pair) <= set(found)]
     parts += ["## Seed by seed", table(COMPARE_HEAD, compare(found, pairs))]
+    if left := [label for label in METHODS if label not in found]:
+        parts.append(f"Declared, but not run yet: {'; '.join(left)}.")
     parts.append("`python -m experiments.e2` makes this page from [e2.jsonl](e2.jsonl).")
     (folder / "e2.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
     _, axes = plt.subplots(figsize=(11, 4.5))

@@ -2,24 +2,20 @@
 
 One LoRA is trained on all tasks alike for a few steps. At the start and at some points after it,
 each task's gradient is taken on several batches and compared with the others' (see `gradients`).
-The mean over the points, each weighted by its reliability, is the affinity of two tasks; tasks are
-then joined by average linkage on 1 - affinity (arXiv 2402.01684 clusters by "inter-task affinity"
-and leaves open how it is measured).
+The mean over the points, each weighted by its reliability, is the affinity of two tasks. (CGC-LoRA,
+arXiv 2402.01684, clusters tasks by "inter-task affinity" and leaves open how it is measured.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
-from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
@@ -34,11 +30,9 @@ from oneplusn.adapters.training.model import ClusterModel
 from oneplusn.errors import InvalidRequest
 from oneplusn.kernels.plan import SiteSpec
 
-LEAST_RELIABILITY = 0.25
-"""A point below it counts for nothing; where all are, tasks cannot be told apart."""
-
-LEAST_SILHOUETTE = 0.2
-"""A split below it is none. Tasks without groups gave up to 0.16, groups 0.29 and more."""
+LEAST_SIGNIFICANCE = 8.0
+"""Below it tasks cannot be told apart. Equal tasks gave up to 5, since the scale that elements are
+divided by is itself estimated; tasks of which some differ, 12 and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,47 +87,19 @@ class Affinity:
         matrix: [J, J] fp64 in 0..1, 1 on the diagonal; what is clustered.
         direction: [J, J] fp64 in -1..1; below 0 two tasks want opposite changes.
         reliability: of each point of the run.
+        significance: mean over the points.
     """
 
     tasks: tuple[str, ...]
     matrix: Tensor
     direction: Tensor
     reliability: tuple[float, ...]
+    significance: float
 
     @property
     def tells_apart(self) -> bool:
         """Whether the gradients differ between tasks by more than noise."""
-        return max(self.reliability) >= LEAST_RELIABILITY
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Tasks in clusters, and why so many.
-
-    Attributes:
-        clusters: name -> tasks.
-        linkage: [J - 1, 4] as scipy's, the merges of the dendrogram.
-        silhouettes: number of clusters -> mean silhouette, of all numbers that were tried.
-        reason: of the number of clusters, for the user.
-    """
-
-    clusters: Mapping[str, list[str]]
-    linkage: NDArray[np.float64]
-    silhouettes: Mapping[int, float]
-    reason: str
-
-    @property
-    def cut(self) -> float:
-        """The distance at which the tree falls into these clusters."""
-        merges: list[float] = self.linkage[:, 2].tolist()
-        heights = [0.0, *merges, merges[-1] * 1.1]
-        last = len(merges) + 1 - len(self.clusters)
-        return (heights[last] + heights[last + 1]) / 2
-
-    def labels(self, tasks: Sequence[str]) -> list[int]:
-        """Return the number of each task's cluster, from 0."""
-        numbers = {t: i for i, members in enumerate(self.clusters.values()) for t in members}
-        return [numbers[task] for task in tasks]
+        return self.significance >= LEAST_SIGNIFICANCE
 
 
 def task_affinity(
@@ -165,16 +131,14 @@ def task_affinity(
         points = _SharedRun(model.eval(), dataset, settings, Collate(pad_token_id)).compare()
     finally:
         model.detach()
-    reliability = tuple(point.reliability for point in points)
-    weights = [value if value >= LEAST_RELIABILITY else 0.0 for value in reliability]
-    if not any(weights):
-        weights = [1.0] * len(points)
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    weights = torch.tensor([point.reliability for point in points]).double().clamp_min(0)
+    shares = weights / weights.sum() if weights.any() else torch.full_like(weights, 1 / len(points))
     return Affinity(
         tasks=dataset.tasks,
         matrix=torch.einsum("p,pij->ij", shares, torch.stack([p.overlap for p in points])),
         direction=torch.einsum("p,pij->ij", shares, torch.stack([p.direction for p in points])),
-        reliability=reliability,
+        reliability=tuple(point.reliability for point in points),
+        significance=float(np.mean([point.significance for point in points])),
     )
 
 
@@ -289,53 +253,3 @@ def _linears(model: ClusterModel) -> list[Linear]:
         start = linears[-1].stop if linears else 0
         linears.append(Linear(start, in_features, out_features, rank))
     return linears
-
-
-def cluster_tasks(affinity: Affinity, n: int | Literal["auto"]) -> Clustering:
-    """Join tasks by average linkage on 1 - affinity.
-
-    Args:
-        affinity: of the tasks.
-        n: number of clusters. `auto` takes that of 2 to J - 1 with the largest mean silhouette,
-            and one cluster where it is below LEAST_SILHOUETTE, where the tasks cannot be told
-            apart, or where they are two, which have no third to be held against.
-
-    Raises:
-        InvalidRequest: a number below 1 or above that of the tasks.
-    """
-    num_tasks = len(affinity.tasks)
-    if n != "auto" and not 1 <= n <= num_tasks:
-        raise InvalidRequest(
-            f"{n} clusters of {num_tasks} tasks; give 1 to {num_tasks}, or auto", param="n"
-        )
-    distances = (1 - affinity.matrix).clamp_min(0).numpy()
-    merges = linkage(squareform(distances, checks=False), method="average")
-    labels = {count: cut_tree(merges, count)[:, 0] for count in range(1, num_tasks + 1)}
-    silhouettes = {
-        count: float(silhouette_score(distances, labels[count], metric="precomputed"))
-        for count in range(2, num_tasks)
-    }
-    count, reason = (n, "as asked for") if n != "auto" else _choose(affinity, silhouettes)
-    clusters: dict[str, list[str]] = {}
-    for task, label in zip(affinity.tasks, labels[count].tolist(), strict=True):
-        clusters.setdefault(f"cluster-{label + 1}", []).append(task)
-    return Clustering(clusters, merges, silhouettes, reason)
-
-
-def _choose(affinity: Affinity, silhouettes: Mapping[int, float]) -> tuple[int, str]:
-    """Return the number of clusters and the reason."""
-    if not affinity.tells_apart:
-        return 1, (
-            "the gradients do not tell the tasks apart: their reliability is"
-            f" {max(affinity.reliability):.2f}, and {LEAST_RELIABILITY} is the least that counts;"
-            " more batches may"
-        )
-    if not silhouettes:
-        return 1, "two tasks have no third to be held against"
-    best = max(silhouettes, key=lambda count: silhouettes[count])
-    if silhouettes[best] < LEAST_SILHOUETTE:
-        return 1, (
-            f"no split stands out: the best, into {best}, has a silhouette of"
-            f" {silhouettes[best]:.2f}, and {LEAST_SILHOUETTE} is the least that counts"
-        )
-    return best, f"the largest silhouette, {silhouettes[best]:.2f}"

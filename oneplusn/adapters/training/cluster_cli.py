@@ -18,7 +18,8 @@ from oneplusn.adapters.checks import shown
 from oneplusn.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
-    from oneplusn.adapters.training.affinity import Affinity, AffinitySettings, Clustering
+    from oneplusn.adapters.training.affinity import Affinity, AffinitySettings
+    from oneplusn.adapters.training.clusters import Clustering
     from oneplusn.adapters.training.config import TrainConfig
     from oneplusn.adapters.training.data import Example
 
@@ -110,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.out / CLUSTERS_FILE} exists and may have been edited; remove it, or choose"
             " another --out"
         )
-    from oneplusn.adapters.training.affinity import AffinitySettings, cluster_tasks
+    from oneplusn.adapters.training.affinity import AffinitySettings
+    from oneplusn.adapters.training.clusters import cluster_tasks
 
     given = {name: getattr(args, name) for name in SETTINGS if name in args}
     settings = AffinitySettings(**given, progress=not args.quiet)
@@ -240,7 +242,11 @@ def summary(affinity: Affinity, clustering: Clustering) -> list[str]:
         tried = (f"{count}: {value:.2f}" for count, value in clustering.silhouettes.items())
         lines.append(f"silhouettes {', '.join(tried)}")
     reliability = ", ".join(f"{value:.2f}" for value in affinity.reliability)
-    return [*lines, f"reliability of the gradients along the run {reliability}"]
+    return [
+        *lines,
+        f"reliability of the gradients along the run {reliability}; their differences are"
+        f" {affinity.significance:.1f} standard deviations of chance",
+    ]
 
 
 def _write(
@@ -272,6 +278,7 @@ def _write(
         "affinity": affinity.matrix.tolist(),
         "direction": affinity.direction.tolist(),
         "reliability": affinity.reliability,
+        "significance": affinity.significance,
         "silhouettes": clustering.silhouettes,
         "clusters": clustering.clusters,
         "reason": clustering.reason,

@@ -82,11 +82,14 @@ class Comparison:
             the shared weights changed in opposite ways.
         reliability: correlation between the two halves of what is special to each task; about 0
             where the tasks cannot be told apart, 1 where nothing is noise.
+        significance: by how many standard deviations of chance it is above 0; infinite where
+            nothing is noise.
     """
 
     overlap: Tensor
     direction: Tensor
     reliability: float
+    significance: float
 
 
 def compare(gradients: Gradients, linears: Sequence[Linear]) -> Comparison:
@@ -103,6 +106,7 @@ def compare(gradients: Gradients, linears: Sequence[Linear]) -> Comparison:
     inner = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
     within = torch.zeros(num_tasks, dtype=torch.float64)
     special = torch.zeros(2, 2, dtype=torch.float64)
+    noise = torch.zeros_like(inner)
     overlaps = []
     for linear in linears:
         span = slice(linear.start, linear.stop)
@@ -112,6 +116,8 @@ def compare(gradients: Gradients, linears: Sequence[Linear]) -> Comparison:
         within += (halves[:, 0] * halves[:, 1]).sum(1)
         centred = (halves - halves.mean(0)).transpose(0, 1).flatten(1)
         special += centred @ centred.T
+        difference = halves[:, 0] - halves[:, 1]
+        noise += difference @ difference.T
         overlaps += _overlaps(halves, linear)
     assert overlaps, "the gradient of every B is zero"
     norms = torch.maximum(within, inner.diagonal() * LEAST_SIGNAL).sqrt()
@@ -119,7 +125,25 @@ def compare(gradients: Gradients, linears: Sequence[Linear]) -> Comparison:
         overlap=torch.stack(overlaps).mean(0),
         direction=_unit_diagonal(inner / (norms[:, None] * norms)).clamp(-1, 1),
         reliability=float(special[0, 1] / (special[0, 0] * special[1, 1]).sqrt()),
+        significance=float(special[0, 1] / _chance(noise)),
     )
+
+
+def _chance(noise: Tensor) -> Tensor:
+    """Return the standard deviation that the agreement of the halves has if tasks are all alike.
+
+    Semantics:
+        Let S be the covariance of the noise of one half's mean. The sum over tasks of the product
+        of both halves, the mean over the tasks taken off, then has the variance (J - 1) tr(S S).
+        The difference of a task's halves is free of signal and has the covariance 2 S, so its
+        product with another task's has the mean square 4 tr(S S).
+
+    Args:
+        noise: products of these differences, [J, J].
+    """
+    num_tasks = len(noise)
+    squares = noise.square().sum() - noise.diagonal().square().sum()
+    return (squares / (4 * num_tasks)).sqrt()
 
 
 def _overlaps(halves: Tensor, linear: Linear) -> list[Tensor]:

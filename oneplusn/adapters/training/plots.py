@@ -28,8 +28,14 @@ COLOURS = (
 HIGHLIGHTED = 5
 """Lines in colour where there are more than there are colours."""
 
-CELL = 0.24
-"""Side of a heat map's cell, inches."""
+CELL, LONGEST = 0.24, 16.0
+"""Side of a heat map's cell, and of a heat map; cells of larger ones shrink, inches."""
+
+PANEL, WIDTH = 1.9, 11.0
+"""Longest side of one of many heat maps, and of all side by side, inches."""
+
+LEAST_NAMED_CELL = 0.1
+"""Side of the smallest cell, in inches, to which a name fits."""
 
 TREE, NAMES = 2.2, 1.6
 """Width of a dendrogram, and room for names beside and below a heat map, inches."""
@@ -50,14 +56,15 @@ def draw_tasks(path: Path, panels: Mapping[str, Mapping[str, tuple[float, float]
         panels: metric -> task -> (base, adapter).
     """
     most = max(len(tasks) for tasks in panels.values())
-    figure, grid = _figure((4.2 * len(panels) + 1.2, 0.24 * most + 1.1), (1, len(panels)))
+    size = (4.2 * len(panels) + 1.2, _cell(most) * most + 1.1)
+    figure, grid = _figure(size, (1, len(panels)))
     for axes, (metric, tasks) in zip(grid[0], panels.items(), strict=True):
         places = range(len(tasks))
         base, ours = zip(*tasks.values(), strict=True)
         axes.hlines(places, base, ours, color=QUIET_COLOUR, linewidth=2, zorder=1)
         axes.scatter(base, places, color=BASE_COLOUR, s=24, label="bare base", zorder=2)
         axes.scatter(ours, places, color=OURS_COLOUR, s=24, label="adapter", zorder=3)
-        axes.set_yticks(places, [_short(task) for task in tasks], fontsize=SMALL)
+        _names(axes, list(tasks), None)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         _plain(axes, title=metric)
         axes.grid(axis="x", color="#ececec")
@@ -92,7 +99,8 @@ def draw_heat_map(
     path: Path, values: Matrix, rows: Sequence[str], columns: Sequence[str], title: str
 ) -> None:
     """Draw one matrix [rows, columns] with its names."""
-    size = (CELL * len(columns) + 2.6, CELL * len(rows) + 2.0)
+    cell = _cell(max(len(rows), len(columns)))
+    size = (cell * len(columns) + 2.6, cell * len(rows) + 2.0)
     figure, grid = _figure(size, (1, 1))
     image = _heat(grid[0][0], values, _limit(values), signed=bool((values < 0).any()))
     _names(grid[0][0], rows, columns)
@@ -105,24 +113,27 @@ def draw_heat_map(
 def draw_heat_maps(
     path: Path, maps: Mapping[str, Matrix], rows: Sequence[str], columns: Sequence[str]
 ) -> None:
-    """Draw small matrices of one shape on one scale, names at the outer ones only."""
-    across = min(len(maps), max(2, 24 // len(columns)), 8)
+    """Draw small matrices of one shape on one scale, with names at the outer ones if they fit."""
+    cell = min(CELL * 0.6, PANEL / max(len(rows), len(columns)))
+    named = cell >= LEAST_NAMED_CELL
+    width, height = cell * len(columns) + 0.25, cell * len(rows) + 0.4
+    across = max(1, min(len(maps), int(WIDTH / width)))
     down = -(-len(maps) // across)
-    cell = CELL * 0.6
-    size = (across * (cell * len(columns) + 0.35) + 2.4, down * (cell * len(rows) + 0.45) + 1.4)
-    figure, grid = _figure(size, (down, across))
+    room = NAMES if named else 0.2
+    figure, grid = _figure((across * width + room + 0.8, down * height + room), (down, across))
     limit = max(_limit(values) for values in maps.values())
     signed = any((values < 0).any() for values in maps.values())
     for index, (name, values) in enumerate(maps.items()):
         axes = grid[index // across][index % across]
         image = _heat(axes, values, limit, signed=signed)
-        last = index + across >= len(maps)
-        _names(axes, rows if index % across == 0 else (), columns if last else ())
+        first, last = index % across == 0, index + across >= len(maps)
+        _names(axes, rows if named and first else (), columns if named and last else ())
         _plain(axes, title=name)
-    for index in range(len(maps), across * down):
-        grid[index // across][index % across].remove()
-    shown = [axes for line in grid for axes in line if axes.figure is not None]
-    figure.colorbar(image, ax=shown, shrink=0.6).ax.tick_params(labelsize=SMALL)
+    for axes in grid[-1][len(maps) - across * (down - 1) :]:
+        axes.axis("off")
+    every = [axes for line in grid for axes in line]
+    bar = figure.colorbar(image, ax=every, shrink=0.6, fraction=0.03)
+    bar.ax.tick_params(labelsize=SMALL)
     _save(figure, path)
 
 
@@ -147,7 +158,7 @@ def draw_affinity(
     order = drawn["leaves"]
     names = [_short(tasks[index]) for index in order]
     bounds = [i for i in range(1, len(order)) if clusters[order[i]] != clusters[order[i - 1]]]
-    side = max(CELL * len(tasks), 1.6)
+    side = max(_cell(len(tasks)) * len(tasks), 1.6)
     size = (TREE + len(maps) * (side + 1.0) + NAMES + 0.4, side + NAMES + 0.5)
     figure = Figure(figsize=size, facecolor="white")
     FigureCanvasAgg(figure)
@@ -189,7 +200,7 @@ def _figure(size: tuple[float, float], shape: tuple[int, int]) -> tuple[Figure, 
 
 def _save(figure: Figure, path: Path) -> None:
     # Without the library's name and version, so that equal figures are equal files.
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
 
 
 def _plain(axes: Axes, *, title: str) -> None:
@@ -211,11 +222,18 @@ def _limit(values: Matrix) -> float:
     return float(np.abs(values).max()) or 1.0
 
 
-def _names(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
-    axes.set_yticks(range(len(rows)), [_short(name) for name in rows], fontsize=SMALL)
-    axes.set_xticks(
-        range(len(columns)), [_short(name) for name in columns], fontsize=SMALL, rotation=90
-    )
+def _cell(count: int) -> float:
+    return min(CELL, LONGEST / count)
+
+
+def _names(axes: Axes, rows: Sequence[str], columns: Sequence[str] | None) -> None:
+    """Name rows and columns; too many go without names, and None leaves an axis as it is."""
+    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
+        if names is not None:
+            shown = names if _cell(len(names) or 1) >= LEAST_NAMED_CELL else ()
+            axis.set_ticks(range(len(shown)), [_short(name) for name in shown])
+    if columns is not None:
+        axes.tick_params(axis="x", rotation=90)
 
 
 def _numbers(axes: Axes, values: Matrix) -> None:
@@ -230,4 +248,6 @@ def _numbers(axes: Axes, values: Matrix) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LABEL_CHARS else f"{name[: LABEL_CHARS - 1]}…"
+    """Shorten a name in the middle, since names of a family differ at the end."""
+    kept = LABEL_CHARS // 2
+    return name if len(name) <= LABEL_CHARS else f"{name[: kept - 1]}…{name[-kept:]}"

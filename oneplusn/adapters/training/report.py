@@ -173,6 +173,7 @@ def _gates(folder: Path, record: TrainingRecord, bundle: Bundle) -> str:
         path = folder / "report-gates-layers.png"
         draw_heat_maps(path, {f"layer {n}": v for n, v in layers.items()}, bundle.tasks, experts)
         parts.append("![gates of every layer](report-gates-layers.png)")
+        parts.append("Panels without names have the rows and columns of the mean.")
     else:
         parts.append("All layers have the same gates.")
     return "\n\n".join([*parts, _gate_table(bundle)])
