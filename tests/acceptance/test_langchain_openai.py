@@ -9,6 +9,7 @@ from typing import Literal
 import openai
 import pytest
 from langchain_core.exceptions import (
+    ContextOverflowError,
     ModelAuthenticationError,
     ModelInvalidRequestError,
     ModelNotFoundError,
@@ -187,7 +188,7 @@ def test_result_of_a_tool(make) -> None:
         (
             {"max_tokens": 600},
             openai.BadRequestError,
-            ModelInvalidRequestError,
+            ContextOverflowError,
             "context_length_exceeded",
         ),
         (

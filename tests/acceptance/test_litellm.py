@@ -172,7 +172,7 @@ def test_tool_call_in_a_stream(ask) -> None:
         ({"api_key": "wrong"}, litellm.AuthenticationError, 401),
         ({"model": "nope"}, litellm.NotFoundError, 404),
         ({"temperature": 3}, litellm.BadRequestError, 400),
-        ({"max_tokens": 600}, litellm.BadRequestError, 400),
+        ({"max_tokens": 600}, litellm.ContextWindowExceededError, 400),
         ({"functions": [{"name": "f"}]}, litellm.BadRequestError, 400),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
