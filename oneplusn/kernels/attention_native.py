@@ -29,7 +29,7 @@ class Scores(NamedTuple):
 
 
 def takes(dtype: torch.dtype) -> bool:
-    """Tell whether keys and values of this dtype are written by the compiled kernel."""
+    """Tell whether there are compiled kernels for this dtype."""
     return dtype in DTYPES and ops.compiled()
 
 

@@ -1,4 +1,4 @@
-"""The delta on CPU: few rows as one masked product over a slab, many rows run by run.
+"""The delta on CPU without a compiler: few rows as one masked product over a slab, many run by run.
 
 In decode every row may have another task. The rank rows of all active runs are packed into one
 *slab* per site, and all rows are multiplied with all of it; a gate of zero masks what a row does

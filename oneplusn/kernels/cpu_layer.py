@@ -1,7 +1,7 @@
 """What lies between the matrix products of a decoder layer, compiled: norms, rotation, activation.
 
 Every function takes bf16 or fp32 rows that lie one after another, and rounds where the modules of
-transformers do. They need `native.library()`; the modules themselves are the way without it.
+transformers do. They need `native.loaded()`; the modules themselves are the way without it.
 """
 
 from __future__ import annotations

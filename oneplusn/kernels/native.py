@@ -133,28 +133,28 @@ class Arguments:
 
 def required() -> Library:
     """Return the compiled kernels, for those who were chosen because they are there."""
-    loaded = library()
-    assert loaded is not None, "chosen without a compiled library"
-    return loaded
+    found = loaded()
+    assert found is not None, "chosen without compiled kernels"
+    return found
 
 
 @cache
-def library() -> Library | None:
+def loaded() -> Library | None:
     """Return the compiled kernels; None, with the reason logged once, where there are none."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         logger.info("no C++ compiler: the CPU computes the slower way; install g++ to change it")
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
+        opened = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("compiling the CPU's kernels failed, going the slower way: %s", detail)
         return None
     for name, types in SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(opened, name)
         function.restype, function.argtypes = None, types
-    return loaded
+    return opened
 
 
 def _built(compiler: str) -> Path:

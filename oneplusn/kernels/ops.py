@@ -34,13 +34,13 @@ class GatedDelta(Protocol):
 def _best_of_cpu() -> GatedDelta:
     from oneplusn.kernels import native
 
-    return _native() if native.library() else _torch()
+    return _native() if native.loaded() else _torch()
 
 
 def _native() -> GatedDelta:
     from oneplusn.kernels import cpu_native, native
 
-    if native.library() is None:
+    if native.loaded() is None:
         msg = (
             "ONEPLUSN_KERNELS='native' needs a C++ compiler that works, and the log says what "
             "failed here; install g++, or set ONEPLUSN_KERNELS='torch'"

@@ -101,19 +101,19 @@ def test_what_was_packed_for_nobody_is_not_there() -> None:
 def _building(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Build into an empty cache, and forget what was built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
+    native.loaded.cache_clear()
     yield
-    native.library.cache_clear()
+    native.loaded.cache_clear()
 
 
 @pytest.mark.usefixtures("_building")
 def test_it_is_compiled_once(tmp_path: Path) -> None:
-    assert native.library() is not None
+    assert native.loaded() is not None
     (made,) = (tmp_path / "oneplusn").iterdir()
     before = made.stat()
-    native.library.cache_clear()
+    native.loaded.cache_clear()
 
-    assert native.library() is not None
+    assert native.loaded() is not None
     assert [path.stat() for path in (tmp_path / "oneplusn").iterdir()] == [before]
 
 
@@ -139,7 +139,7 @@ def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
         script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     with caplog.at_level(logging.WARNING):
-        assert native.library() is None
+        assert native.loaded() is None
     assert reason in caplog.text
     folder = tmp_path / "oneplusn"
     assert not folder.exists() or not list(folder.iterdir())
@@ -152,5 +152,5 @@ def test_without_a_compiler_the_log_says_what_to_install(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with caplog.at_level(logging.INFO):
-        assert native.library() is None
+        assert native.loaded() is None
     assert "install g++" in caplog.text

@@ -45,14 +45,14 @@ def test_backend_of(
 
 
 def test_without_a_compiler_the_slabs_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "loaded", lambda: None)
     assert ops.backend("cpu") is cpu.gated_delta
 
 
 def test_the_compiled_kernel_cannot_be_forced_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "loaded", lambda: None)
     monkeypatch.setenv("ONEPLUSN_KERNELS", "native")
     with pytest.raises(ConfigError, match=r"install g\+\+, or set ONEPLUSN_KERNELS='torch'"):
         ops.backend("cpu")

@@ -278,6 +278,7 @@ class Collate:
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, filler: int) -> Tensor:
+            # The name is one of both dictionaries' keys, which a type cannot say of a variable.
             lists: list[list[int]] = [row[name] for row in rows]  # type: ignore[literal-required]
             return torch.tensor([found + [filler] * (longest - len(found)) for found in lists])
 

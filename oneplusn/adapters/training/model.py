@@ -97,6 +97,7 @@ class ClusterModel(nn.Module):
         for part in (self.shared, self.gates, self.deltas):
             if part is not None:
                 part.to(base.device)
+        # torch has no types for these two.
         self.register_state_dict_post_hook(_leave_out_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
 

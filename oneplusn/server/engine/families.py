@@ -19,7 +19,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from oneplusn.kernels import ops
+from oneplusn.kernels import attention_native
 from oneplusn.kernels.cpu_layer import rms_norm, rotate, silu_mul
 
 # A decoder layer, and what it has to be made of.
@@ -33,7 +33,6 @@ FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
         mistral.MistralRMSNorm,
     ),
 }
-DTYPES = (torch.bfloat16, torch.float32)
 QKV = "q_proj+k_proj+v_proj"
 GATE_UP = "gate_proj+up_proj"
 
@@ -114,7 +113,7 @@ def accelerate(model: PreTrainedModel) -> bool:
     Sites have to be looked for before, as the linears of slices are gone afterwards.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not ops.compiled() or model.dtype not in DTYPES:
+    if not isinstance(layers, nn.ModuleList) or not attention_native.takes(model.dtype):
         return False
     if all(isinstance(layer, FastLayer) for layer in layers):
         return True
