@@ -92,17 +92,14 @@ class Storm:
         words = Words({f"t{index}": 1 for index in ids}, 0, rng)
         return Composer(self.server, ROUTE, words, workload, {})
 
-    async def load(
-        self, number: int, seconds: float, rate: float | None, churn: Churn | None
-    ) -> Outcome:
-        """Send a load, swap meanwhile if there is something to swap, and check every answer."""
+    async def load(self, number: int, seconds: float, rate: float | None, churn: Churn) -> Outcome:
+        """Send a load, swap meanwhile, and check every answer."""
         composer = self.composer(number, rate)
         limits = Limits(seconds, None, WARMUP_S, ANSWER_LIMIT_S)
         driver = Driver(self.server, ROUTE, composer, limits, keep_text=True)
         async with asyncio.TaskGroup() as beside:
-            if churn is not None:
-                churn.ask = composer.probe
-                beside.create_task(churn.run(delay=WARMUP_S))
+            churn.ask = composer.probe
+            beside.create_task(churn.run(delay=WARMUP_S))
             if rate is None:
                 await driver.run_closed(composer.workload.requests(), self.options.streams)
             else:
@@ -110,16 +107,14 @@ class Storm:
                     duration=seconds, requests=None, warmup=WARMUP_S
                 )
                 await driver.run_open(schedule)
-            if churn is not None:
-                churn.halted.set()
+            churn.halted.set()
         self._check(driver.outcome, churn)
         return driver.outcome
 
-    def _check(self, outcome: Outcome, churn: Churn | None) -> None:
-        if churn is not None:
-            self.ledger.learn(churn.swaps, self.words)
-            failures = (swap.failure for swap in churn.swaps if swap.failure is not None)
-            self.findings.faults += [f"swap: {failure}" for failure in failures]
+    def _check(self, outcome: Outcome, churn: Churn) -> None:
+        self.ledger.learn(churn.swaps, self.words)
+        failures = (swap.failure for swap in churn.swaps if swap.failure is not None)
+        self.findings.faults += [f"swap: {failure}" for failure in failures]
         self.findings.faults += self.ledger.check(outcome.records)
         self.findings.requests += len(outcome.records)
 
