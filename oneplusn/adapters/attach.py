@@ -163,18 +163,28 @@ class AdaptedLinear(nn.Module):
         self._index = len(group.members)
         group.members.append(self)
 
+    @property
+    def site(self) -> Site:
+        """The site that this linear is a slice of."""
+        return self._group.site
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `base(x)` plus the delta of the current step's plan."""
         return self._group.output(self._index, x)
 
 
 class AdaptedSite(nn.Module):
-    """A base linear that computes all slices of a site side by side, plus the site's delta."""
+    """A base linear that computes all slices of a site side by side, plus the site's delta.
+
+    Attributes:
+        base: The linear.
+        site: The site.
+    """
 
     def __init__(self, base: nn.Module, site: Site, handle: StepHandle) -> None:
         super().__init__()
         self.base = base
-        self._site = site
+        self.site = site
         self._handle = handle
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +192,7 @@ class AdaptedSite(nn.Module):
         y: torch.Tensor = self.base(x)
         step = self._handle.current
         if step is not None and not step.plan.empty:
-            gated_delta(y.split(self._site.spec.slices, dim=-1), x, self._site, step.plan)
+            gated_delta(y.split(self.site.spec.slices, dim=-1), x, self.site, step.plan)
         return y
 
 

@@ -1,7 +1,8 @@
-"""Decode attention and writes to the KV cache by the compiled kernels of the CPU."""
+"""Attention and writes to the KV cache by the compiled kernels of the CPU."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,11 +13,25 @@ from oneplusn.kernels import native, ops
 if TYPE_CHECKING:
     from oneplusn.kernels.cpu_attention import AttentionMeta
 
-BLOCK = 32
-"""Elements that the kernel takes at once; heads have to be a multiple of it."""
-VALUE_BLOCKS = (1, 2, 3, 4, 8)
-"""Sizes of a value, in blocks, for which sums are kept in registers."""
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+class AttentionArguments(ctypes.Structure):
+    """`Attention` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "sequences", "lengths", "sinks")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("q_row_stride", "q_head_stride", "tokens", "table_stride")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("rows", "kv_heads", "group", "k_dim", "v_dim", "block_size", "window")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
 
 
 class Scores(NamedTuple):
@@ -31,13 +46,6 @@ class Scores(NamedTuple):
 def takes(dtype: torch.dtype) -> bool:
     """Tell whether there are compiled kernels for this dtype."""
     return dtype in DTYPES and ops.compiled()
-
-
-def serves(q: Tensor, v_cache: Tensor) -> bool:
-    """Tell whether decode rows of this shape are computed by the compiled kernel."""
-    k_dim, v_dim = q.shape[2], v_cache.shape[2]
-    fits = k_dim % BLOCK == 0 and v_dim % BLOCK == 0 and v_dim // BLOCK in VALUE_BLOCKS
-    return fits and takes(q.dtype)
 
 
 def write(cache: Tensor, source: Tensor, places: Tensor) -> None:
@@ -64,31 +72,32 @@ def write(cache: Tensor, source: Tensor, places: Tensor) -> None:
     )
 
 
-def decode(
+def attend(
     y: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scores: Scores
 ) -> None:
-    """Attend from the step's decode rows; see `cpu_attention.paged_attention`.
+    """Attend from all rows of the step; see `cpu_attention.paged_attention`.
 
-    Writes the first `meta.num_decodes` rows of y `[T, H, Dv]`. Weights stay fp32.
+    Writes y `[T, H, Dv]`. Weights stay fp32; a row's bits depend on its own context alone.
     """
     tokens, heads, k_dim = k_cache.shape
     assert q.stride(2) == 1, q.stride()
     assert meta.block_tables.is_contiguous(), meta.block_tables.stride()
     assert y.is_contiguous(), y.stride()
     sinks = None if scores.sinks is None else scores.sinks.float().contiguous()
-    arguments = native.AttentionArguments(
+    arguments = AttentionArguments(
         q=q.data_ptr(),
         k=k_cache.data_ptr(),
         v=v_cache.data_ptr(),
         out=y.data_ptr(),
         block_tables=meta.block_tables.data_ptr(),
-        context_lens=meta.context_lens.data_ptr(),
+        sequences=meta.sequences.data_ptr(),
+        lengths=meta.lengths.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
         q_row_stride=q.stride(0),
         q_head_stride=q.stride(1),
         tokens=tokens,
         table_stride=meta.block_tables.stride(0),
-        rows=meta.num_decodes,
+        rows=len(q),
         kv_heads=heads,
         group=q.shape[1] // heads,
         k_dim=k_dim,
@@ -99,5 +108,5 @@ def decode(
         softcap=scores.softcap or 0.0,
     )
     native.required().oneplusn_attention(
-        arguments, q.dtype == torch.bfloat16, torch.get_num_threads()
+        ctypes.byref(arguments), q.dtype == torch.bfloat16, native.threads()
     )

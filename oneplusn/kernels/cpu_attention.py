@@ -4,8 +4,8 @@ Layout: a cache is `[blocks * block_size, Hkv, D]` to its users and head-major i
 the rows of one block and one KV head are contiguous: a gather by block table then yields
 `[Hkv, B, L, D]`, which is a batched matrix product's operand as it stands.
 
-Decode rows go through a compiled kernel where there is one (`attention_native`). Without it they
-are computed together, the query heads of a KV group being the rows of one product.
+All rows go through a compiled kernel where there is one (`attention_native`). Without it decode
+rows are computed together, the query heads of a KV group being the rows of one product.
 With 16 sequences of 128 tokens, 9/3 heads of 64, bf16 and one thread this took 441 us a layer,
 SDPA on the same gathered rows 616, SDPA sequence by sequence 882. Prefill rows go through SDPA
 sequence by sequence, except where the model needs a softcap or sinks, which SDPA does not know.
@@ -14,6 +14,7 @@ sequence by sequence, except where the model needs a softcap or sinks, which SDP
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,6 +51,19 @@ class AttentionMeta:
     num_decodes: int
     _groups: dict[_View, list[_DecodeGroup]] = field(default_factory=dict, init=False, repr=False)
     _chunks: dict[_View, list[_Chunk]] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """The sequence of every row, int32 [T]."""
+        counts = self.query_start.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens that every row sees, itself included: int32 [T]."""
+        after = self.context_lens - self.query_start[1:]
+        rows = torch.arange(1, len(self.sequences) + 1, dtype=torch.int32)
+        return rows + after[self.sequences]
 
     def decode_groups(self, view: _View) -> list[_DecodeGroup]:
         """Group the decode rows by length of context; made once for all layers of one view."""
@@ -159,17 +173,17 @@ def paged_attention(
     Returns:
         y [T, H, Dv], contiguous.
     """
-    k_blocks, v_blocks = _by_block(k_cache, meta.block_size), _by_block(v_cache, meta.block_size)
     heads, v_dim = k_cache.shape[1], v_cache.shape[2]
-    view = _View(window, heads, k_blocks.shape[0] // heads)
     y = q.new_empty(q.shape[0], q.shape[1], v_dim)
+    if attention_native.takes(q.dtype):
+        scores = attention_native.Scores(scale, window, softcap, sinks)
+        attention_native.attend(y, q, k_cache, v_cache, meta, scores)
+        return y
+    k_blocks, v_blocks = _by_block(k_cache, meta.block_size), _by_block(v_cache, meta.block_size)
+    view = _View(window, heads, k_blocks.shape[0] // heads)
     if sinks is not None:
         sinks = sinks.float().view(heads, -1)
-    native = attention_native.serves(q, v_cache)
-    if native and meta.num_decodes:
-        scores = attention_native.Scores(scale, window, softcap, sinks)
-        attention_native.decode(y, q, k_cache, v_cache, meta, scores)
-    for group in meta.decode_groups(view) if meta.num_decodes and not native else ():
+    for group in meta.decode_groups(view) if meta.num_decodes else ():
         k = k_blocks.index_select(0, group.gather).view(heads * group.size, -1, q.shape[2])
         v = v_blocks.index_select(0, group.gather).view(heads * group.size, -1, v_dim)
         rows = q[: group.size] if group.rows is None else q.index_select(0, group.rows)

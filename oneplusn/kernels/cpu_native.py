@@ -1,4 +1,4 @@
-"""The delta on CPU by a compiled kernel: few rows straight from the pages, many run by run.
+"""The delta on CPU by a compiled kernel, straight from the pages.
 
 Nothing is packed, so adapters that come, go or change version cost a step nothing, and the bytes
 of the active experts are read once. Without a compiler `cpu` does the same in torch.
@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from oneplusn.kernels import native
-from oneplusn.kernels.cpu import add_spans
 from oneplusn.kernels.plan import Plan, Site
 
 
@@ -28,8 +27,8 @@ def gated_delta(
     """Add each row's delta to its outputs, or write it there; see `ops.gated_delta`.
 
     Semantics:
-        As `reference.gated_delta`; for tasks of few rows the shrunken rows stay fp32, and the sum
-        over all runs rounds once, when it is added. Their bits depend on the row alone.
+        As `reference.gated_delta`; the shrunken and gated rows round to the dtype of x, and the
+        fp32 sum over all runs once, when it is added. A row's bits depend on the row alone.
     """
     assert x.dtype == site.a.dtype == site.b.dtype, (x.dtype, site.a.dtype)
     if into == "delta":
@@ -37,23 +36,14 @@ def gated_delta(
             y.zero_()
     if plan.empty:
         return
-    step = site.slabs.step(plan)
-    if step.few:
-        _add_few(ys, x, site, site.arguments.step(step))
-    add_spans(ys, x, site, step.spans_of_many)
-
-
-def _add_few(
-    ys: Sequence[torch.Tensor], x: torch.Tensor, site: Site, step: native.StepArguments
-) -> None:
     count = len(ys)
     native.required().oneplusn_delta(
-        site.arguments.site(site),
-        step,
+        ctypes.byref(site.arguments.site(site)),
+        ctypes.byref(site.arguments.step(plan)),
         x.dtype == torch.bfloat16,
         x.data_ptr(),
         x.stride(0),
         (ctypes.c_void_p * count)(*[y.data_ptr() for y in ys]),
         (ctypes.c_int64 * count)(*[y.stride(0) for y in ys]),
-        torch.get_num_threads(),
+        native.threads(),
     )

@@ -15,24 +15,27 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from oneplusn.kernels.cpu_step import Step, Uses
-from oneplusn.kernels.plan import IntArray, Site
+from oneplusn.kernels.plan import IntArray, Plan, Site
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-pthread", "-Wno-psabi")
 COMPILE_S = 120.0
 """Seconds after which a compiler is given up."""
 SITE_ARRAYS = ("run_first", "run_rows", "gate_first", "gates")
 """Arrays of a `SiteTable` that the kernel reads, in its order."""
-ATTENTION_ARRAYS = ("block_tables", "context_lens", "sinks")
-"""What attention reads besides queries, keys and values."""
+STEP_ARRAYS = (
+    *("rows", "segment_rows", "segment_uses", "slots"),
+    *("clusters", "use_run", "use_k", "by_run"),
+)
 
 
 Library = ctypes.CDLL
@@ -50,47 +53,22 @@ class SiteArguments(ctypes.Structure):
 
 
 class StepArguments(ctypes.Structure):
-    """`Step` of the source: which row uses which run."""
+    """`Step` of the source: which rows use which runs."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in Uses._fields),
-        *((name, ctypes.c_int32) for name in ("num_runs", "num_rows", "num_clusters", "num_uses")),
+        *((name, ctypes.c_void_p) for name in STEP_ARRAYS),
+        *((name, ctypes.c_int32) for name in ("segments", "num_clusters", "uses")),
     )
 
 
-class AttentionArguments(ctypes.Structure):
-    """`Attention` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", *ATTENTION_ARRAYS)),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("q_row_stride", "q_head_stride", "tokens", "table_stride")
-        ),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("rows", "kv_heads", "group", "k_dim", "v_dim", "block_size", "window")
-        ),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-    )
-
-
-_address, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_address, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 SIGNATURES = {
-    "oneplusn_delta": [
-        ctypes.POINTER(SiteArguments),
-        ctypes.POINTER(StepArguments),
-        *(_int, _address, _long),
-        *(ctypes.POINTER(_address), ctypes.POINTER(_long), _int),
-    ],
-    "oneplusn_attention": [ctypes.POINTER(AttentionArguments), _int, _int],
-    "oneplusn_write_cache": [_address, _address, _address, *[_int] * 4, *[_long] * 3],
-    "oneplusn_rms_norm": [*[_address] * 4, _int, _long, _long, _float, _int],
-    "oneplusn_rotate": [
-        *(_address, _long, *[_address] * 4),
-        *(_int, _long, _int, _int, _long, _float, _int),
-    ],
-    "oneplusn_silu_mul": [_address, _address, _int, _long, _long, _int],
+    "oneplusn_delta": [*[_address] * 2, _int, _address, _long, *[_address] * 2, _int],
+    "oneplusn_attention": [_address, _int, _int],
+    "oneplusn_write_cache": [*[_address] * 3, _int, _long, _int, _int, *[_long] * 3],
+    "oneplusn_pack_linear": [_address, _address, _int, _long, _long],
+    "oneplusn_linear": [_address, _int, _address, _long, _address, _long, _long, _int],
+    "oneplusn_layers": [_address, _long, _address, _address, _int, _address, _int],
 }
 """Arguments of every function of the library; none returns anything."""
 
@@ -100,7 +78,10 @@ class Arguments:
 
     def __init__(self) -> None:
         self._sites: dict[Site, tuple[SiteArguments, IntArray]] = {}
-        self._step: tuple[Step, StepArguments] | None = None
+        self._plan: Plan | None = None
+        self._step = StepArguments()
+        self._composition: object = None
+        self._arrays: list[IntArray] = []
 
     def site(self, site: Site) -> SiteArguments:
         """Return the addresses of a site; its arrays stay where they are as long as it lives."""
@@ -121,14 +102,62 @@ class Arguments:
             )
         return self._sites[site][0]
 
-    def step(self, step: Step) -> StepArguments:
-        """Return the addresses of a step's pairs; made once per step, not once per site."""
-        if self._step is None or self._step[0] is not step:
-            uses = step.uses
-            counts = (len(uses.runs), len(uses.rows), len(uses.clusters) - 1, len(uses.use_row))
-            addresses = [array.ctypes.data for array in uses]
-            self._step = step, StepArguments(*addresses, *counts)
-        return self._step[1]
+    def step(self, plan: Plan) -> StepArguments:
+        """Return the addresses of a plan's rows and uses; made when the composition changes."""
+        if plan is not self._plan:
+            composition = (
+                plan.segments,
+                *(array.tobytes() for array in (plan.rows, plan.runs, plan.ks)),
+            )
+            if composition != self._composition:
+                self._arrays = _step_arrays(plan)
+                counts = (len(plan.segments), len(plan.clusters), len(self._arrays[-1]))
+                self._step = StepArguments(*[a.ctypes.data for a in self._arrays], *counts)
+                self._composition = composition
+            self._plan = plan
+        return self._step
+
+
+def _step_arrays(plan: Plan) -> list[IntArray]:
+    """Write a plan as the arrays of STEP_ARRAYS."""
+    uses = [plan.uses(segment.start) for segment in plan.segments]
+    stops = [segment.stop for segment in plan.segments]
+    clusters = np.searchsorted(stops, [stop for _, stop in plan.clusters]) + 1
+    runs = np.array([run for used in uses for run, _ in used], dtype=np.int32)
+    arrays = [
+        plan.rows,
+        np.array([0, *stops]),
+        np.cumsum([0, *(len(used) for used in uses)]),
+        np.array([segment.slot for segment in plan.segments]),
+        np.array([0, *clusters]),
+        runs,
+        np.array([k for used in uses for _, k in used]),
+        np.argsort(runs, kind="stable"),
+    ]
+    return [np.ascontiguousarray(array, dtype=np.int32) for array in arrays]
+
+
+class _Threads:
+    """How many threads the kernels compute with, in this process; bits do not depend on it."""
+
+    count = 1
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads from now on, in this process.
+
+    Where the kernels are compiled, torch is left with one: two teams of threads that wait for
+    work by spinning would keep the cores from each other.
+    """
+    from oneplusn.kernels import ops  # which asks for the library in its turn
+
+    _Threads.count = count
+    torch.set_num_threads(1 if ops.compiled() else count)
+
+
+def threads() -> int:
+    """Return how many threads the kernels compute with."""
+    return _Threads.count
 
 
 def required() -> Library:
@@ -171,9 +200,20 @@ def _built(compiler: str) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            _output([compiler, *FLAGS, "-o", str(made), *map(str, sorted(SOURCES.glob("*.cpp")))])
+            _compile(compiler, made)
             made.replace(target)
     return target
+
+
+def _compile(compiler: str, made: Path) -> None:
+    """Compile every source at once, and link them."""
+    sources = {made.with_name(f"{path.stem}.o"): path for path in sorted(SOURCES.glob("*.cpp"))}
+    commands = [
+        [compiler, *FLAGS, "-c", "-o", str(part), str(source)] for part, source in sources.items()
+    ]
+    with ThreadPoolExecutor(len(commands)) as threads:
+        list(threads.map(_output, commands))
+    _output([compiler, "-shared", "-pthread", "-o", str(made), *map(str, sources)])
 
 
 def _output(command: list[str]) -> str:

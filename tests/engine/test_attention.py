@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +16,14 @@ from oneplusn.kernels.cpu_attention import AttentionMeta, new_cache, paged_atten
 from tolerances import assert_close
 
 BLOCK = 16
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"], autouse=True)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Attend by the compiled kernel, or the way that does without."""
+    if not request.param:
+        monkeypatch.setattr(attention_native, "takes", lambda dtype: False)
+    return request.param
 
 
 @dataclass(frozen=True)
@@ -184,37 +192,48 @@ def test_bf16_differs_by_rounding_only(softcap) -> None:
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("compiled", [True], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, 0), (40, 3.0, 1)])
 @pytest.mark.parametrize(
     "shape",
-    [Shape(9, 3, 64, 64), Shape(7, 1, 128, 128), Shape(2, 2, 96, 32), Shape(4, 2, 32, 256)],
+    [
+        Shape(9, 3, 64, 64),
+        Shape(7, 1, 128, 128),
+        Shape(2, 2, 96, 32),
+        Shape(4, 2, 32, 256),
+        Shape(6, 2, 24, 40),
+        Shape(1, 1, 5, 3),
+    ],
     ids=str,
 )
-def test_the_compiled_kernel_takes_heads_of_whole_blocks(
-    shape, window, softcap, sinks, dtype
-) -> None:
-    paged = Paged(Case(((1, 700), (1, 3), (1, 1), (1, 16), (1, 65)), shape, dtype))
-    assert attention_native.serves(torch.cat(paged.queries), paged.v_cache)
+def test_heads_of_every_size(shape, window, softcap, sinks, dtype) -> None:
+    paged = Paged(Case(((1, 700), (1, 3), (1, 1), (1, 16), (1, 65), (9, 90)), shape, dtype))
     column = torch.linspace(-1, 1, shape.heads) if sinks else None
     actual, expected = paged.attend(window, softcap, column)
     assert_close(actual, expected)
 
 
-def test_a_decode_row_has_the_same_bits_beside_any_other() -> None:
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("compiled", [True], indirect=True)
+def test_a_row_has_the_same_bits_beside_any_other_and_in_any_chunk(window) -> None:
     shape = Shape(9, 3, 64, 64)
-    paged = Paged(Case(((1, 300), (1, 5), (1, 17)), shape, torch.bfloat16))
-    together, _ = paged.attend()
-    for row in range(3):
-        alone = replace(
-            paged.meta,
-            context_lens=paged.meta.context_lens[row : row + 1],
-            block_tables=paged.meta.block_tables[row : row + 1].contiguous(),
+    paged = Paged(Case(((1, 300), (5, 90), (1, 17)), shape, torch.bfloat16))
+    together, _ = paged.attend(window)
+    q = torch.cat(paged.queries)
+    for row in range(len(q)):
+        sequence = paged.meta.sequences[row]
+        alone = AttentionMeta(
+            kv_pos=paged.meta.kv_pos[row : row + 1],
+            context_lens=paged.meta.lengths[row : row + 1],
+            block_tables=paged.meta.block_tables[sequence][None].contiguous(),
             query_start=torch.tensor([0, 1], dtype=torch.int32),
+            block_size=paged.meta.block_size,
             num_decodes=1,
         )
-        q = paged.queries[row]
-        found = paged_attention(q, paged.k_cache, paged.v_cache, alone, scale=0.3)
+        found = paged_attention(
+            q[row : row + 1], paged.k_cache, paged.v_cache, alone, scale=0.3, window=window
+        )
         assert torch.equal(found[0], together[row])
 
 
@@ -245,6 +264,7 @@ def test_a_broken_row_does_not_reach_the_next_owner_of_its_block(bad: float) -> 
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("compiled", [False], indirect=True)
 def test_layers_of_one_step_share_the_index_work() -> None:
     paged = Paged(Case(((1, 5), (3, 9)), Shape()))
     paged.attend()

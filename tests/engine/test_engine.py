@@ -16,6 +16,7 @@ from oneplusn.errors import (
     PromptTooLong,
 )
 from oneplusn.server.engine.engine import Engine, EngineConfig
+from oneplusn.server.engine.families import stack_of
 from oneplusn.server.messages import Sampling, Submit
 from tiny_engines import (
     Job,
@@ -283,9 +284,10 @@ def test_fault_ends_the_requests_of_its_step_and_no_others(
     with monkeypatch.context() as patch:
         if where == "model":
             # Deep in the model; on the generic path siblings already wait for their outputs.
-            name = "o_proj" if family == "llama" else "k_proj"
-            attention = engine.model.model.model.layers[1].self_attn
-            patch.setattr(attention.get_submodule(name), "forward", broken)
+            model = engine.model.model
+            stack = stack_of(model)
+            k_proj = None if stack else model.model.layers[1].self_attn.k_proj
+            patch.setattr(stack or k_proj, "run" if stack else "forward", broken)
         else:
             patch.setattr(engine._sampler, "sample", broken)
         failed = engine.step().outputs

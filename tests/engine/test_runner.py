@@ -15,9 +15,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 from oneplusn.errors import ModelRefused
+from oneplusn.kernels import ops
 from oneplusn.server.engine.engine import Engine, EngineConfig
 from oneplusn.server.engine.families import accelerate
-from oneplusn.server.engine.linear import PackedLinear, can_pack, pack_linears
+from oneplusn.server.engine.linear import (
+    CompiledLinear,
+    PackedLinear,
+    can_pack,
+    pack_linears,
+)
 from oneplusn.server.engine.model import prepare_model
 from tiny_engines import MIB, cluster, mixed_jobs, run, tiny_engine
 from tiny_models import tiny_model
@@ -55,6 +61,20 @@ def test_packed_model_computes_the_same(family: str) -> None:
     plain = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     assert pack_linears(packed) == len(plain)
     assert not any(isinstance(m, nn.Linear | Conv1D) for m in packed.modules())
+    assert sum(isinstance(m, CompiledLinear) for m in packed.modules()) == len(plain)
+    tokens = torch.arange(9)[None]
+    with torch.inference_mode():
+        assert_close(packed(tokens).logits, model(tokens).logits)
+
+
+@bf16
+def test_without_compiled_kernels_the_packed_model_has_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ops, "compiled", lambda: False)
+    model = tiny_model("llama").bfloat16()
+    packed = copy.deepcopy(model)
+    assert pack_linears(packed) == sum(isinstance(m, PackedLinear) for m in packed.modules()) > 0
     tokens = torch.arange(9)[None]
     with torch.inference_mode():
         assert torch.equal(packed(tokens).logits, model(tokens).logits)
@@ -68,17 +88,22 @@ def test_tied_embedding_keeps_its_weight() -> None:
     assert torch.equal(model.model.embed_tokens.weight, expected)
 
 
-def test_fp32_is_left_alone() -> None:
+def test_without_compiled_kernels_fp32_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "compiled", lambda: False)
     assert not can_pack(torch.zeros(2, 2))
     assert pack_linears(tiny_model("llama")) == 0
 
 
-@bf16
-def test_bf16_engine_serves_a_mixed_batch_from_packed_linears() -> None:
-    engine = tiny_engine("llama", dtype=torch.bfloat16)
+def test_half_precision_is_left_alone() -> None:
+    assert pack_linears(tiny_model("llama").half()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_engine_serves_a_mixed_batch_from_packed_linears(dtype: torch.dtype) -> None:
+    engine = tiny_engine("llama", dtype=dtype)
     bundle = cluster(tiny_model("llama"), ["a", "b"], common=(2,), seed=1)
     engine.load(bundle)
-    assert sum(isinstance(m, PackedLinear) for m in engine.model.model.modules()) == 9
+    assert sum(isinstance(m, CompiledLinear) for m in engine.model.model.modules()) == 9
     answers, _ = run(engine, mixed_jobs([bundle]))
     assert [len(answer.tokens) for answer in answers] == [8, 8, 8]
     assert len({tuple(answer.tokens) for answer in answers}) == 3

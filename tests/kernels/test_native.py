@@ -83,11 +83,11 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     batch = fixed_batch(shape, [1, 2, 3, 0, 1], dtype, slices=(700, 300))
     results = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        native.use_threads(threads)
         try:
             results.append(deltas(batch, batch.row_slots, batch.x))
         finally:
-            torch.set_num_threads(1)
+            native.use_threads(1)
     assert equal_bits(*results)
 
 

@@ -1,47 +1,27 @@
-// Attention over the paged KV cache: rows that see a whole context each, as decoding has them.
-//
-// A cache lies head by head, [Hkv][tokens][D], and a block of it is contiguous. The query heads of
-// a KV head are computed together, so keys and values are read once for all of them. Scores, sums
-// and weights are fp32; a row's bits depend on its own context alone.
+#include "attention.h"
 
 #include <cmath>
 #include <vector>
 
+#include "team.h"
 #include "vector.h"
-
-extern "C" {
-
-struct Attention {
-  const void* q;                // [rows, H, D], strided
-  const void* k;                // [Hkv][tokens][D]
-  const void* v;                // [Hkv][tokens][Dv]
-  void* out;                    // [rows, H, Dv]
-  const int32_t* block_tables;  // [rows, table_stride]
-  const int32_t* context_lens;  // [rows]
-  const float* sinks;           // [H] or null
-  int64_t q_row_stride, q_head_stride, tokens, table_stride;
-  int32_t rows, kv_heads, group, k_dim, v_dim, block_size;
-  int32_t window;               // 0 = the whole context
-  float scale, softcap;         // softcap 0 = none
-};
-
-}  // extern "C"
 
 namespace {
 
-constexpr int kHeads = 4;  // query heads whose sums are held in registers at once
-constexpr int64_t kParallelWork = 300'000;  // keys and values times heads that outweigh a barrier
+constexpr int kQueries = 4;   // whose sums are held in registers at once
+constexpr int kItemRows = 4;  // rows of one sequence that an item takes
+constexpr int64_t kParallelScores = 20'000;  // multiply-adds that outweigh telling the team
 
-// Where the tokens of a row lie: block by block, from the first that the window leaves.
+// Where the tokens from `first` to `stop` of a sequence lie, block by block.
 struct Context {
   const int32_t* table;
-  int first, length, block_size;
+  int first, stop, block_size;
 
   template <typename Visit>
   void each_block(Visit visit) const {
-    for (int at = first; at < length;) {
+    for (int at = first; at < stop;) {
       const int inside = at % block_size;
-      const int count = std::min(block_size - inside, length - at);
+      const int count = std::min(block_size - inside, stop - at);
       visit(at - first, (int64_t)table[at / block_size] * block_size + inside, count);
       at += count;
     }
@@ -49,107 +29,173 @@ struct Context {
 };
 
 template <typename T>
-void write_scores(const Attention& a, const Context& context, const T* q, const T* k, float* s) {
+struct Query {
+  const T* q;
+  T* out;
+  int first, stop;  // of the tokens that it sees
+  float sink;
+};
+
+template <typename T, int M>
+void write_scores(const Attention& a, const Context& context, const Query<T>* queries, const T* k,
+                  float* s, int64_t stride) {
+  const T* qs[M];
+  for (int m = 0; m < M; ++m) qs[m] = queries[m].q;
   context.each_block([&](int at, int64_t place, int count) {
     const T* keys = k + place * a.k_dim;
-    for (int j = 0; j < count; j += kLanes)
-      dots_of(std::min(kLanes, count - j), keys + j * a.k_dim, q, a.k_dim, s + at + j);
+    for (int j = 0; j < count; j += kLanes) {
+      float values[M][kLanes];
+      dots<T, M>(keys + j * a.k_dim, std::min(kLanes, count - j), qs, a.k_dim, values);
+      for (int m = 0; m < M; ++m) std::memcpy(s + m * stride + at + j, values[m], sizeof values[m]);
+    }
   });
 }
 
-// Turn scores into weights that sum to 1 with the sink's; the tail of the last vector is unused.
-void soften(const Attention& a, float* s, int length, const float* sink) {
-  float top = sink ? *sink : -INFINITY;
-  for (int j = 0; j < length; ++j) {
-    s[j] *= a.scale;
-    if (a.softcap != 0.0f) s[j] = a.softcap * std::tanh(s[j] / a.softcap);
-    top = std::max(top, s[j]);
-  }
-  for (int j = length; j % 16; ++j) s[j] = -INFINITY;
+// Turn the scores from `first` to `stop` into weights that sum to 1 with the sink's; others get 0.
+inline void soften(const Attention& a, float* s, int first, int stop, int count, float sink) {
+  constexpr int kWide = 16;
+  for (int j = 0; j < first; ++j) s[j] = -INFINITY;
+  for (int j = stop; j < (count + kWide - 1) / kWide * kWide; ++j) s[j] = -INFINITY;
+  Floats top = Floats{} + sink;
+  const auto each = [&](auto visit) {
+    for (int j = first / kWide * kWide; j < stop; j += kWide) {
+      Floats x;
+      std::memcpy(&x, s + j, sizeof x);
+      visit(x);
+      std::memcpy(s + j, &x, sizeof x);
+    }
+  };
+  each([&](Floats& x) {
+    x *= a.scale;
+    if (a.softcap != 0.0f)
+      for (int i = 0; i < kWide; ++i) x[i] = x[i] == -INFINITY ? x[i] : a.softcap * std::tanh(x[i] / a.softcap);
+    top = x > top ? x : top;
+  });
+  float highest = top[0];
+  for (int i = 1; i < kWide; ++i) highest = std::max(highest, top[i]);
   Floats total = {};
-  for (int j = 0; j < length; j += 16) {
-    Floats x;
-    std::memcpy(&x, s + j, sizeof x);
-    x = exponential(x - top);
+  each([&](Floats& x) {
+    x = exponential(x - highest);
     total += x;
-    std::memcpy(s + j, &x, sizeof x);
-  }
-  const float whole = sum(total) + (sink ? std::exp(*sink - top) : 0.0f);
-  for (int j = 0; j < length; ++j) s[j] /= whole;
+  });
+  const float whole = sum(total) + (sink == -INFINITY ? 0.0f : std::exp(sink - highest));
+  each([&](Floats& x) { x /= whole; });
+  for (int j = 0; j < first / kWide * kWide; ++j) s[j] = 0.0f;
+  for (int j = (stop + kWide - 1) / kWide * kWide; j < count; ++j) s[j] = 0.0f;
 }
 
-template <typename T, int V, int H>
-void add_values(const Attention& a, const Context& context, const T* v, const float* s,
-                int64_t s_stride, T* out) {
-  Pair acc[H][V] = {};
+// Sums over the values' dimensions from `begin` on: V whole blocks, or the last ones that fill none.
+template <typename T, int V, int M, bool kPart = false>
+void add_values(const Attention& a, const Context& context, const Query<T>* queries, const T* v,
+                const float* s, int64_t stride, int begin) {
+  const int rest = a.v_dim - begin;
+  Pair acc[M][V] = {};
   context.each_block([&](int at, int64_t place, int count) {
-    const T* values = v + place * a.v_dim;
+    const T* values = v + place * a.v_dim + begin;
     for (int j = 0; j < count; ++j, values += a.v_dim)
       for (int i = 0; i < V; ++i) {
-        const Pair value = load(values + i * kBlock);
-        for (int h = 0; h < H; ++h) {
-          const float weight = s[h * s_stride + at + j];
-          acc[h][i].first += weight * value.first;
-          acc[h][i].second += weight * value.second;
+        const Pair value = kPart ? load_part(values, rest) : load(values + i * kBlock);
+        for (int m = 0; m < M; ++m) {
+          const float weight = s[m * stride + at + j];
+          acc[m][i].first += weight * value.first;
+          acc[m][i].second += weight * value.second;
         }
       }
   });
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < V; ++i) store(out + h * a.v_dim + i * kBlock, acc[h][i]);
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < V; ++i) {
+      T* to = queries[m].out + begin + i * kBlock;
+      kPart ? store_part(to, acc[m][i], rest) : store(to, acc[m][i]);
+    }
 }
 
-template <typename T, int V>
-void add_values_of(int heads, const Attention& a, const Context& context, const T* v,
-                   const float* s, int64_t s_stride, T* out) {
-  switch (heads) {
-    case 4: return add_values<T, V, 4>(a, context, v, s, s_stride, out);
-    case 3: return add_values<T, V, 3>(a, context, v, s, s_stride, out);
-    case 2: return add_values<T, V, 2>(a, context, v, s, s_stride, out);
-    default: return add_values<T, V, 1>(a, context, v, s, s_stride, out);
+template <typename T, int M>
+void attend_together(const Attention& a, const Query<T>* queries, const int32_t* table, const T* k,
+                     const T* v, std::vector<float>& scores) {
+  Context context{table, queries[0].first, queries[0].stop, a.block_size};
+  for (int m = 1; m < M; ++m) {
+    context.first = std::min(context.first, queries[m].first);
+    context.stop = std::max(context.stop, queries[m].stop);
   }
+  context.first -= context.first % 16;  // so that a token's place in a vector is its own
+  const int count = context.stop - context.first;
+  const int64_t stride = (count + 15) / 16 * 16 + kLanes;
+  scores.resize(M * stride);
+  float* s = scores.data();
+  write_scores<T, M>(a, context, queries, k, s, stride);
+  for (int m = 0; m < M; ++m)
+    soften(a, s + m * stride, queries[m].first - context.first, queries[m].stop - context.first,
+           count, queries[m].sink);
+  int d = 0;
+  for (; d + 4 * kBlock <= a.v_dim; d += 4 * kBlock)
+    add_values<T, 4, M>(a, context, queries, v, s, stride, d);
+  for (; d + 2 * kBlock <= a.v_dim; d += 2 * kBlock)
+    add_values<T, 2, M>(a, context, queries, v, s, stride, d);
+  for (; d + kBlock <= a.v_dim; d += kBlock)
+    add_values<T, 1, M>(a, context, queries, v, s, stride, d);
+  if (d < a.v_dim) add_values<T, 1, M, true>(a, context, queries, v, s, stride, d);
 }
 
+// Some rows of one sequence and one KV head.
 template <typename T>
-void attend(const Attention& a, int row, int kv_head, std::vector<float>& scores) {
-  const int length = a.context_lens[row];
-  const int first = a.window && length > a.window ? length - a.window : 0;
-  const Context context{a.block_tables + row * a.table_stride, first, length, a.block_size};
-  const int count = length - first;
-  const int64_t stride = (count + 15) / 16 * 16;
-  scores.resize(kHeads * stride);
+void attend(const Attention& a, int begin, int end, int kv_head, std::vector<float>& scores) {
+  Query<T> queries[kItemRows * 64];
   const T* k = (const T*)a.k + (int64_t)kv_head * a.tokens * a.k_dim;
   const T* v = (const T*)a.v + (int64_t)kv_head * a.tokens * a.v_dim;
-  for (int done = 0; done < a.group; done += kHeads) {
-    const int heads = std::min(kHeads, a.group - done), head = kv_head * a.group + done;
-    for (int h = 0; h < heads; ++h) {
-      const T* q = (const T*)a.q + row * a.q_row_stride + (head + h) * a.q_head_stride;
-      write_scores(a, context, q, k, &scores[h * stride]);
-      soften(a, &scores[h * stride], count, a.sinks ? a.sinks + head + h : nullptr);
-    }
-    T* out = (T*)a.out + ((int64_t)row * a.kv_heads * a.group + head) * a.v_dim;
-    switch (a.v_dim / kBlock) {
-      case 1: add_values_of<T, 1>(heads, a, context, v, scores.data(), stride, out); break;
-      case 2: add_values_of<T, 2>(heads, a, context, v, scores.data(), stride, out); break;
-      case 3: add_values_of<T, 3>(heads, a, context, v, scores.data(), stride, out); break;
-      case 4: add_values_of<T, 4>(heads, a, context, v, scores.data(), stride, out); break;
-      default: add_values_of<T, 8>(heads, a, context, v, scores.data(), stride, out); break;
+  const int32_t* table = a.block_tables + a.sequences[begin] * a.table_stride;
+  for (int from = 0; from < a.group; from += 64) {
+    const int heads = std::min(64, a.group - from);
+    int count = 0;
+    for (int row = begin; row < end; ++row)
+      for (int h = 0; h < heads; ++h) {
+        const int head = kv_head * a.group + from + h, stop = a.lengths[row];
+        queries[count++] = {
+            (const T*)a.q + row * a.q_row_stride + head * a.q_head_stride,
+            (T*)a.out + ((int64_t)row * a.kv_heads * a.group + head) * a.v_dim,
+            a.window && stop > a.window ? stop - a.window : 0, stop,
+            a.sinks ? a.sinks[head] : -INFINITY};
+      }
+    const Query<T>* at = queries;
+    for (; count >= kQueries; count -= kQueries, at += kQueries)
+      attend_together<T, kQueries>(a, at, table, k, v, scores);
+    switch (count) {
+      case 3: attend_together<T, 3>(a, at, table, k, v, scores); break;
+      case 2: attend_together<T, 2>(a, at, table, k, v, scores); break;
+      case 1: attend_together<T, 1>(a, at, table, k, v, scores); break;
     }
   }
 }
+
+}  // namespace
 
 template <typename T>
 void attention(const Attention& a, int threads) {
+  struct Item {
+    int begin, end;
+  };
+  std::vector<Item> items;
   int64_t work = 0;
-  for (int row = 0; row < a.rows; ++row)
-    work += (int64_t)a.context_lens[row] * a.kv_heads * a.group * (a.k_dim + a.v_dim) / 8;
-#pragma omp parallel num_threads(threads) if (threads > 1 && work >= kParallelWork)
-  {
-    std::vector<float> scores;
-#pragma omp for schedule(dynamic, 1)
-    for (int item = 0; item < a.rows * a.kv_heads; ++item)
-      attend<T>(a, item / a.kv_heads, item % a.kv_heads, scores);
+  for (int row = 0; row < a.rows; ++row) {
+    work += (int64_t)a.lengths[row] * a.kv_heads * a.group * (a.k_dim + a.v_dim) / kBlock;
+    const bool more = !items.empty() && a.sequences[row] == a.sequences[row - 1] &&
+                      row - items.back().begin < kItemRows;
+    if (more)
+      items.back().end = row + 1;
+    else
+      items.push_back({row, row + 1});
   }
+  if (work < kParallelScores) threads = 1;
+  share(threads, items.size() * a.kv_heads, [&](int64_t i) {
+    static thread_local std::vector<float> scores;
+    const Item item = items[i / a.kv_heads];
+    attend<T>(a, item.begin, item.end, (int)(i % a.kv_heads), scores);
+  });
 }
+
+template void attention<float>(const Attention&, int);
+template void attention<BFloat16>(const Attention&, int);
+
+namespace {
 
 // What is not finite is kept as 0 or as the largest number: a stale value must not spread.
 inline uint16_t finite(uint16_t x) {
@@ -162,18 +208,20 @@ inline uint32_t finite(uint32_t x) {
   return odd ? ((x & 0x7fffffu) ? 0 : (x & 0x80000000u) | 0x7f7fffffu) : x;
 }
 
+}  // namespace
+
 template <typename U>
-void write_cache(U* cache, const U* source, const int64_t* places, int rows, int heads, int dim,
-                 int64_t tokens, int64_t row_stride, int64_t head_stride) {
-  for (int row = 0; row < rows; ++row)
-    for (int head = 0; head < heads; ++head) {
-      U* target = cache + (head * tokens + places[row]) * dim;
-      const U* from = source + row * row_stride + head * head_stride;
-      for (int d = 0; d < dim; ++d) target[d] = finite(from[d]);
-    }
+void write_cache(U* cache, const U* row, int64_t place, int heads, int dim, int64_t tokens,
+                 int64_t head_stride) {
+  for (int head = 0; head < heads; ++head) {
+    U* target = cache + (head * tokens + place) * dim;
+    const U* from = row + head * head_stride;
+    for (int d = 0; d < dim; ++d) target[d] = finite(from[d]);
+  }
 }
 
-}  // namespace
+template void write_cache(uint16_t*, const uint16_t*, int64_t, int, int, int64_t, int64_t);
+template void write_cache(uint32_t*, const uint32_t*, int64_t, int, int, int64_t, int64_t);
 
 extern "C" {
 
@@ -182,15 +230,16 @@ void oneplusn_attention(const Attention* a, int bf16, int threads) {
 }
 
 // cache [heads][tokens][dim] at places[row] = source [rows, heads, dim], strided.
-void oneplusn_write_cache(void* cache, const void* source, const int64_t* places, int bf16, int rows,
-                          int heads, int dim, int64_t tokens, int64_t row_stride,
+void oneplusn_write_cache(void* cache, const void* source, const int64_t* places, int bf16,
+                          int64_t rows, int heads, int dim, int64_t tokens, int64_t row_stride,
                           int64_t head_stride) {
-  if (bf16)
-    write_cache((uint16_t*)cache, (const uint16_t*)source, places, rows, heads, dim, tokens,
-                row_stride, head_stride);
-  else
-    write_cache((uint32_t*)cache, (const uint32_t*)source, places, rows, heads, dim, tokens,
-                row_stride, head_stride);
+  for (int64_t row = 0; row < rows; ++row)
+    if (bf16)
+      write_cache((uint16_t*)cache, (const uint16_t*)source + row * row_stride, places[row], heads,
+                  dim, tokens, head_stride);
+    else
+      write_cache((uint32_t*)cache, (const uint32_t*)source + row * row_stride, places[row], heads,
+                  dim, tokens, head_stride);
 }
 
 }  // extern "C"

@@ -1,14 +1,51 @@
-// What lies between the matrix products of a decoder layer: norms, rotations, the gated activation.
+// Decoder layers of Llama's shape, one after another, in one call.
 //
-// Each rounds where the modules of transformers round, except the rotation, which rounds once.
+// Rounds where the modules of transformers round, except the rotation, which rounds once.
 
+#include <chrono>
 #include <cmath>
+#include <vector>
 
+#include "attention.h"
+#include "delta.h"
+#include "linear.h"
+#include "team.h"
 #include "vector.h"
+
+extern "C" {
+
+struct Layer {
+  Linear qkv, o, gate_up, down;
+  const Site *qkv_site, *o_site, *gate_up_site, *down_site;  // null where no adapter reaches
+  const void *input_norm, *post_norm;                        // [K]
+  const void *q_norm, *k_norm;                               // [D] or null
+  void *k_cache, *v_cache;                                   // [Hkv][tokens][D]
+  int64_t window;                                            // 0 = the whole context
+};
+
+struct Shape {
+  int64_t hidden, inner, q_heads, kv_heads, dim, tokens, block_size;
+  float eps, scale;
+};
+
+struct Batch {
+  const int64_t* places;         // [rows] in the cache
+  const void *cos, *sin;         // [rows, D]
+  const int32_t* block_tables;   // [sequences, table_stride]
+  const int32_t* sequences;      // [rows]
+  const int32_t* lengths;        // [rows]
+  const Step* step;              // null when no row is adapted
+  double* seconds;               // [4] added to: linears, deltas, attention, others; or null
+  int64_t rows, table_stride;
+};
+
+}  // extern "C"
 
 namespace {
 
-constexpr int64_t kParallelElements = 1 << 16;
+constexpr int64_t kParallelElements = 1 << 14;
+
+enum Part { kLinears, kDeltas, kAttention, kOthers };  // of the time of a call
 
 template <typename T>
 inline float mean_square(const T* x, int64_t width) {
@@ -33,23 +70,15 @@ inline void normalize(const T* x, const T* w, T* out, int64_t width, float eps) 
 }
 
 template <typename T>
-void rms_norm(T* hs, const T* added, const T* w, T* out, int64_t rows, int64_t width, float eps,
-              int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * width >= kParallelElements)
-  for (int64_t row = 0; row < rows; ++row) {
-    T* h = hs + row * width;
-    if (added)
-      for (int64_t i = 0; i < width; i += kBlock) {
-        const Pair a = load_some(h + i, width - i);
-        const Pair b = load_some(added + row * width + i, width - i);
-        store_some(h + i, {a.first + b.first, a.second + b.second}, width - i);
-      }
-    normalize(h, w, out + row * width, width, eps);
+inline void add(T* h, const T* added, int64_t width) {
+  for (int64_t i = 0; i < width; i += kBlock) {
+    const Pair a = load_some(h + i, width - i), b = load_some(added + i, width - i);
+    store_some(h + i, {a.first + b.first, a.second + b.second}, width - i);
   }
 }
 
 template <typename T>
-void rotate_head(T* x, const T* cos, const T* sin, int64_t half) {
+inline void rotate_head(T* x, const T* cos, const T* sin, int64_t half) {
   for (int64_t i = 0; i < half; i += kBlock) {
     const int64_t left = half - i;
     const Pair a = load_some(x + i, left), b = load_some(x + half + i, left);
@@ -62,71 +91,141 @@ void rotate_head(T* x, const T* cos, const T* sin, int64_t half) {
   }
 }
 
+// out = silu(x[:width]) * x[width:], for one row.
 template <typename T>
-void rotate(T* x, int64_t stride, const T* cos, const T* sin, const T* q_norm, const T* k_norm,
-            int64_t rows, int q_heads, int k_heads, int64_t dim, float eps, int threads) {
-  const int heads = q_heads + k_heads;
-  const bool parallel = threads > 1 && rows * heads * dim >= kParallelElements;
-#pragma omp parallel for num_threads(threads) if (parallel)
-  for (int64_t row = 0; row < rows; ++row)
-    for (int head = 0; head < heads; ++head) {
-      T* at = x + row * stride + head * dim;
-      const T* w = head < q_heads ? q_norm : k_norm;
-      if (w) normalize(at, w, at, dim, eps);
-      rotate_head(at, cos + row * dim, sin + row * dim, dim / 2);
-    }
-}
-
-// out = silu(x[:, :width]) * x[:, width:]
-template <typename T>
-void silu_mul(const T* x, T* out, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * width >= kParallelElements)
-  for (int64_t row = 0; row < rows; ++row) {
-    const T *gate = x + row * 2 * width, *up = gate + width;
-    T* to = out + row * width;
-    for (int64_t i = 0; i < width; i += kBlock) {
-      const Pair g = load_some(gate + i, width - i), u = load_some(up + i, width - i);
-      const Pair s = as_stored(x, {g.first / (1.0f + exponential(-g.first)),
-                                   g.second / (1.0f + exponential(-g.second))});
-      store_some(to + i, {s.first * u.first, s.second * u.second}, width - i);
-    }
+inline void silu_mul(const T* x, T* out, int64_t width) {
+  for (int64_t i = 0; i < width; i += kBlock) {
+    const Pair g = load_some(x + i, width - i), u = load_some(x + width + i, width - i);
+    const Pair s = as_stored(x, {g.first / (1.0f + exponential(-g.first)),
+                                 g.second / (1.0f + exponential(-g.second))});
+    store_some(out + i, {s.first * u.first, s.second * u.second}, width - i);
   }
 }
+
+// Everything that a layer needs beside its weights; the buffers serve all layers in turn.
+template <typename T>
+struct Pass {
+  const Shape& shape;
+  const Batch& batch;
+  T* h;         // [rows, hidden]
+  int threads;
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+  std::vector<T> x, qkv, attended, out, inner, acted;
+
+  Pass(const Shape& s, const Batch& b, T* h, int threads)
+      : shape(s), batch(b), h(h), threads(threads), x(b.rows * s.hidden), qkv(b.rows * qkv_width()),
+        attended(b.rows * s.q_heads * s.dim), out(b.rows * s.hidden), inner(b.rows * 2 * s.inner),
+        acted(b.rows * s.inner) {}
+
+  int64_t qkv_width() const { return (shape.q_heads + 2 * shape.kv_heads) * shape.dim; }
+
+  // Count the time since the last call as one part's.
+  void tally(Part part) {
+    if (!batch.seconds) return;
+    const auto now = std::chrono::steady_clock::now();
+    batch.seconds[part] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+
+  // body(row) for every row, by the team where there is enough to do.
+  template <typename Body>
+  void each_row(int64_t width, const Body& body) const {
+    const int64_t most = std::max<int64_t>(1, kParallelElements / 4 / width);
+    const int64_t items = (batch.rows + most - 1) / most;
+    share(batch.rows * width < kParallelElements ? 1 : threads, items, [&](int64_t item) {
+      const int64_t end = std::min(batch.rows, (item + 1) * most);
+      for (int64_t row = item * most; row < end; ++row) body(row);
+    });
+  }
+
+  // y = x W^T, plus the delta of every slice; slices lie side by side.
+  void site(const Linear& linear, const Site* adapted, const T* from, std::vector<T>& to) {
+    tally(kOthers);
+    multiply(linear, from, linear.width, to.data(), linear.columns, batch.rows, threads);
+    tally(kLinears);
+    if (!adapted || !batch.step) return;
+    std::vector<T*> ys;
+    for (int s = 0; s < adapted->slices; ++s) ys.push_back(to.data() + adapted->bounds[s]);
+    const std::vector<int64_t> strides(adapted->slices, linear.columns);
+    gated_delta(*adapted, *batch.step, from, linear.width, ys.data(), strides.data(), threads);
+    tally(kDeltas);
+  }
+
+  void norm(const T* added, const void* weight) {
+    each_row(shape.hidden, [&](int64_t row) {
+      T* at = h + row * shape.hidden;
+      if (added) add(at, added + row * shape.hidden, shape.hidden);
+      normalize(at, (const T*)weight, x.data() + row * shape.hidden, shape.hidden, shape.eps);
+    });
+  }
+
+  void rotate_and_keep(const Layer& layer) {
+    const int64_t q = shape.q_heads, kv = shape.kv_heads, dim = shape.dim;
+    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+    each_row(qkv_width(), [&](int64_t row) {
+      T* at = qkv.data() + row * qkv_width();
+      for (int64_t head = 0; head < q + kv; ++head) {
+        const void* w = head < q ? layer.q_norm : layer.k_norm;
+        if (w) normalize(at + head * dim, (const T*)w, at + head * dim, dim, shape.eps);
+        rotate_head(at + head * dim, (const T*)batch.cos + row * dim,
+                    (const T*)batch.sin + row * dim, dim / 2);
+      }
+      for (int which = 0; which < 2; ++which)
+        write_cache((Bits*)(which ? layer.v_cache : layer.k_cache),
+                    (const Bits*)(at + (q + which * kv) * dim), batch.places[row], (int)kv, (int)dim,
+                    shape.tokens, dim);
+    });
+  }
+
+  void attend(const Layer& layer) {
+    const Attention a = {
+        .q = qkv.data(), .k = layer.k_cache, .v = layer.v_cache, .out = attended.data(),
+        .block_tables = batch.block_tables, .sequences = batch.sequences, .lengths = batch.lengths,
+        .sinks = nullptr, .q_row_stride = qkv_width(), .q_head_stride = shape.dim,
+        .tokens = shape.tokens, .table_stride = batch.table_stride, .rows = (int32_t)batch.rows,
+        .kv_heads = (int32_t)shape.kv_heads, .group = (int32_t)(shape.q_heads / shape.kv_heads),
+        .k_dim = (int32_t)shape.dim, .v_dim = (int32_t)shape.dim,
+        .block_size = (int32_t)shape.block_size, .window = (int32_t)layer.window,
+        .scale = shape.scale, .softcap = 0.0f};
+    tally(kOthers);
+    attention<T>(a, threads);
+    tally(kAttention);
+  }
+
+  void layer(const Layer& layer, const T* added) {
+    norm(added, layer.input_norm);
+    site(layer.qkv, layer.qkv_site, x.data(), qkv);
+    rotate_and_keep(layer);
+    attend(layer);
+    site(layer.o, layer.o_site, attended.data(), out);
+    norm(out.data(), layer.post_norm);
+    site(layer.gate_up, layer.gate_up_site, x.data(), inner);
+    each_row(shape.inner, [&](int64_t row) {
+      silu_mul(inner.data() + row * 2 * shape.inner, acted.data() + row * shape.inner, shape.inner);
+    });
+    site(layer.down, layer.down_site, acted.data(), out);
+  }
+
+  void layers(const Layer* all, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) layer(all[i], i ? out.data() : nullptr);
+    each_row(shape.hidden, [&](int64_t row) {
+      add(h + row * shape.hidden, out.data() + row * shape.hidden, shape.hidden);
+    });
+    tally(kOthers);
+  }
+};
 
 }  // namespace
 
 extern "C" {
 
-// h += added, if there is any; out = w * rms(h). h, added, out [rows, width].
-void oneplusn_rms_norm(void* h, const void* added, const void* w, void* out, int bf16, int64_t rows,
-                       int64_t width, float eps, int threads) {
+// h [rows, hidden] goes through all layers, in place.
+void oneplusn_layers(const Layer* layers, int64_t count, const Shape* shape, const Batch* batch,
+                     int bf16, void* h, int threads) {
   if (bf16)
-    rms_norm((BFloat16*)h, (const BFloat16*)added, (const BFloat16*)w, (BFloat16*)out, rows, width,
-             eps, threads);
+    Pass<BFloat16>(*shape, *batch, (BFloat16*)h, threads).layers(layers, count);
   else
-    rms_norm((float*)h, (const float*)added, (const float*)w, (float*)out, rows, width, eps,
-             threads);
-}
-
-// Normalise, if there are weights, and rotate the heads at the start of each row, in place.
-void oneplusn_rotate(void* x, int64_t stride, const void* cos, const void* sin, const void* q_norm,
-                     const void* k_norm, int bf16, int64_t rows, int q_heads, int k_heads,
-                     int64_t dim, float eps, int threads) {
-  if (bf16)
-    rotate((BFloat16*)x, stride, (const BFloat16*)cos, (const BFloat16*)sin,
-           (const BFloat16*)q_norm, (const BFloat16*)k_norm, rows, q_heads, k_heads, dim, eps,
-           threads);
-  else
-    rotate((float*)x, stride, (const float*)cos, (const float*)sin, (const float*)q_norm,
-           (const float*)k_norm, rows, q_heads, k_heads, dim, eps, threads);
-}
-
-void oneplusn_silu_mul(const void* x, void* out, int bf16, int64_t rows, int64_t width,
-                       int threads) {
-  if (bf16)
-    silu_mul((const BFloat16*)x, (BFloat16*)out, rows, width, threads);
-  else
-    silu_mul((const float*)x, (float*)out, rows, width, threads);
+    Pass<float>(*shape, *batch, (float*)h, threads).layers(layers, count);
 }
 
 }  // extern "C"

@@ -13,10 +13,14 @@
 #include <immintrin.h>
 #endif
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
 namespace {
 
 constexpr int kBlock = 32;  // elements of a block
-constexpr int kLanes = 4;   // rows that meet a vector at once in `dots`
+constexpr int kLanes = 4;   // rows that meet others at once in `dots`
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -46,10 +50,6 @@ inline Words rounded(Floats f) {
   return (up & ~nan) | ((w | 0x00400000u) & nan);
 }
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
 inline Pair load(const BFloat16* p) {
   Words w;
   std::memcpy(&w, p, sizeof w);
@@ -66,6 +66,15 @@ inline void store(BFloat16* p, Pair v) {
   const Words w = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000u);
   std::memcpy(p, &w, sizeof w);
 }
+
+inline void store_one(BFloat16* p, float v) {
+  uint32_t w;
+  std::memcpy(&w, &v, sizeof w);
+  const bool nan = (w & 0x7fffffffu) > 0x7f800000u;
+  p->bits = (uint16_t)((nan ? w | 0x00400000u : w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
+}
+
+inline void store_one(float* p, float v) { *p = v; }
 
 inline void store(float* p, Pair v) { std::memcpy(p, &v, sizeof v); }
 
@@ -90,48 +99,110 @@ inline float sum(Floats f) {
   return f[0] + f[1];
 }
 
-inline void multiply_add(Floats& acc, Pair a, Pair x) {
+// x of every even place beside y's, plus the same of every odd place: half as many partial sums.
+inline Floats paired(Floats x, Floats y) {
+  return __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+inline Floats paired_twice(Floats x, Floats y) {
+  return __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+// The sums of four vectors, for the price of one and a half.
+inline void sums(const Floats (&v)[4], float* out) {
+  Floats f = paired_twice(paired(v[0], v[1]), paired(v[2], v[3]));
+  f += __builtin_shufflevector(f, f, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  f += __builtin_shufflevector(f, f, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  std::memcpy(out, &f, 4 * sizeof(float));
+}
+
+// A block as it lies in memory, for products of a block with a block.
+inline Words raw(const BFloat16* p) {
+  Words w;
+  std::memcpy(&w, p, sizeof w);
+  return w;
+}
+
+inline Pair raw(const float* p) { return load(p); }
+
+inline void dot(Floats& acc, Pair a, Pair x) {
   acc += a.first * x.first;
   acc += a.second * x.second;
 }
 
-template <typename T>
-inline void dot_step(Floats& acc, const T* a, const T* x) {
-  multiply_add(acc, load(a), load(x));
-}
-
+inline void dot(Floats& acc, Words a, Words x) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-inline void dot_step(Floats& acc, const BFloat16* a, const BFloat16* x) {
-  const __m512i left = _mm512_loadu_si512(a), right = _mm512_loadu_si512(x);
-  acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)left, (__m512bh)right);
-}
+  acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)x);
+#else
+  acc += as_floats(a << 16) * as_floats(x << 16);
+  acc += as_floats(a & 0xffff0000u) * as_floats(x & 0xffff0000u);
 #endif
+}
 
-// out[i] = a[i] . x for up to kLanes rank rows that lie `width` apart.
-template <typename T, int N>
-inline void dots(const T* a, const T* x, int64_t width, float* out) {
-  Floats acc[N] = {};
-  int64_t k = 0;
-  for (; k + kBlock <= width; k += kBlock)
-    for (int i = 0; i < N; ++i) dot_step(acc[i], a + i * width + k, x + k);
-  if (k < width) {
-    alignas(64) T xs[kBlock] = {}, as[kBlock] = {};
-    std::memcpy(xs, x + k, (width - k) * sizeof(T));
-    for (int i = 0; i < N; ++i) {
-      std::memcpy(as, a + i * width + k, (width - k) * sizeof(T));
-      dot_step(acc[i], as, xs);
+// out[m][i] = rows[i] . xs[m] for kLanes rows that lie `width` apart; only the first `lanes` exist.
+template <typename T, int M>
+inline void dots(const T* rows, int lanes, const T* const* xs, int64_t width,
+                 float (&out)[M][kLanes]) {
+  Floats acc[M][kLanes] = {};
+  const int64_t whole = width / kBlock * kBlock, rest = width - whole;
+  const T* at[kLanes];
+  for (int i = 0; i < kLanes; ++i) at[i] = rows + std::min(i, lanes - 1) * width;
+  for (int64_t k = 0; k < whole; k += kBlock) {
+    decltype(raw(rows)) x[M];
+    for (int m = 0; m < M; ++m) x[m] = raw(xs[m] + k);
+    for (int i = 0; i < kLanes; ++i) {
+      const auto a = raw(at[i] + k);
+      for (int m = 0; m < M; ++m) dot(acc[m][i], a, x[m]);
     }
   }
-  for (int i = 0; i < N; ++i) out[i] = sum(acc[i]);
+  if (rest) {
+    alignas(64) T x[kBlock] = {}, a[kBlock] = {};
+    for (int i = 0; i < kLanes; ++i) {
+      std::memcpy(a, at[i] + whole, rest * sizeof(T));
+      for (int m = 0; m < M; ++m) {
+        std::memcpy(x, xs[m] + whole, rest * sizeof(T));
+        dot(acc[m][i], raw(a), raw(x));
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) sums(acc[m], out[m]);
 }
 
-template <typename T>
-inline void dots_of(int lanes, const T* a, const T* x, int64_t width, float* out) {
-  switch (lanes) {
-    case 4: return dots<T, 4>(a, x, width, out);
-    case 3: return dots<T, 3>(a, x, width, out);
-    case 2: return dots<T, 2>(a, x, width, out);
-    default: return dots<T, 1>(a, x, width, out);
+// acc[i] += w[i] * x, where every word of w is one fp32, or two bf16 that meet the two of x.
+inline void multiply_add(Floats& acc, Words w, uint32_t x, const float*) {
+  acc += as_floats(w) * as_floats(x - Words{});
+}
+
+inline void multiply_add(Floats& acc, Words w, uint32_t x, const BFloat16*) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+  acc += as_floats(w << 16) * as_floats((x << 16) - Words{});
+  acc += as_floats(w & 0xffff0000u) * as_floats((x & 0xffff0000u) - Words{});
+#endif
+}
+
+// 32 columns in their order, as two vectors of sixteen.
+inline void load_columns(const float* p, Floats (&out)[2]) { std::memcpy(out, p, sizeof out); }
+
+inline void load_columns(const BFloat16* p, Floats (&out)[2]) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  for (int i = 0; i < 2; ++i) {
+    Halves half;
+    std::memcpy(&half, p + 16 * i, sizeof half);
+    out[i] = as_floats(__builtin_convertvector(half, Words) << 16);
+  }
+}
+
+inline void store_columns(float* p, const Floats (&v)[2]) { std::memcpy(p, v, sizeof v); }
+
+inline void store_columns(BFloat16* p, const Floats (&v)[2]) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  for (int i = 0; i < 2; ++i) {
+    const Halves half = __builtin_convertvector(rounded(v[i]) >> 16, Halves);
+    std::memcpy(p + 16 * i, &half, sizeof half);
   }
 }
 

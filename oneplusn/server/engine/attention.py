@@ -6,16 +6,22 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakMethod
+from weakref import WeakMethod, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from oneplusn.kernels.cpu_attention import new_cache, paged_attention, write_kv
-from oneplusn.kernels.plan import StepHandle
+from oneplusn.kernels.cpu_attention import (
+    AttentionMeta,
+    new_cache,
+    paged_attention,
+    write_kv,
+)
+from oneplusn.kernels.plan import Plan, StepHandle
 
 _numbers = itertools.count()
+_hooks: WeakValueDictionary[str, AttentionHook] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +87,24 @@ class AttentionHook:
         self._handle = handle
         self._cache: KVCache | None = cache
         self.name = _register(self._attend)
+        _hooks[self.name] = self
 
     def close(self) -> None:
         """Drop the cache."""
         self._cache = None
+
+    @property
+    def cache(self) -> KVCache:
+        """The engine's keys and values."""
+        assert self._cache is not None, "the engine is closed"
+        return self._cache
+
+    def step(self) -> tuple[Plan, AttentionMeta]:
+        """Return what the runner says of the step under way."""
+        step = self._handle.current
+        assert step is not None, "the model ran outside of a step"
+        assert step.attention is not None, "the step has no attention metadata"
+        return step.plan, step.attention
 
     def _attend(
         self,
@@ -102,15 +122,11 @@ class AttentionHook:
             query [1, H, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv]
             -> ([1, T, H, Dv], None), as `AttentionInterface` defines it.
         """
-        step = self._handle.current
-        assert step is not None, "the model ran outside of a step"
-        assert step.attention is not None, "the step has no attention metadata"
-        assert self._cache is not None, "the engine is closed"
+        _, meta = self.step()
         layer = module.layer_idx
         assert isinstance(layer, int)
         self.calls[layer] += 1
-        meta = step.attention
-        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         write_kv(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), meta.kv_pos)
         window, softcap, sinks = _options(kwargs)
         attended = paged_attention(
@@ -124,6 +140,11 @@ class AttentionHook:
             sinks=sinks,
         )
         return attended[None], None
+
+
+def hook_of(model_config: Any) -> AttentionHook:  # noqa: ANN401 - every family has its own class
+    """Return the hook that a model's configuration names as its attention."""
+    return _hooks[model_config._attn_implementation]
 
 
 class ShapeRecorder:

@@ -1,26 +1,29 @@
 """A fast path for decoder layers of Llama's shape: Llama, Qwen2, Qwen3 and Mistral.
 
 The layers of a loaded model are replaced one by one; embedding, rotary table, last norm and head
-stay what they are, and so does everything that calls the model. A fast layer multiplies with one
-linear per site in place of one per slice, and does what lies between by compiled kernels. Whether
-it computes what its original did is for the probe to say, before anything is served.
+stay what they are, and so does everything that calls the model. The first fast layer takes a step
+through all of them in one call of the compiled kernels, the others pass on what they get. Whether
+that computes what the originals did is for the probe to say, before anything is served.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from oneplusn.kernels import attention_native
-from oneplusn.kernels.cpu_layer import rms_norm, rotate, silu_mul
+from oneplusn.adapters.attach import AdaptedLinear, AdaptedSite
+from oneplusn.kernels import cpu_linear
+from oneplusn.kernels.cpu_layers import LayerParts, Layers
+from oneplusn.server.engine.attention import AttentionHook, hook_of
+from oneplusn.server.engine.linear import CompiledLinear
 
 # A decoder layer, and what it has to be made of.
 FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -33,78 +36,135 @@ FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
         mistral.MistralRMSNorm,
     ),
 }
-QKV = "q_proj+k_proj+v_proj"
-GATE_UP = "gate_proj+up_proj"
+# Parent and leaves of a layer's linears, in the order of `cpu_layers.LINEARS`.
+LINEARS = (
+    ("self_attn", "q_proj+k_proj+v_proj"),
+    ("self_attn", "o_proj"),
+    ("mlp", "gate_proj+up_proj"),
+    ("mlp", "down_proj"),
+)
 
 
 class FastLayer(nn.Module):
     """One decoder layer; takes over the weights of the one that it is made from.
 
-    Modules have the names of the sites that adapters reach: `self_attn.q_proj+k_proj+v_proj`,
+    Linears have the names of the sites that adapters reach: `self_attn.q_proj+k_proj+v_proj`,
     `self_attn.o_proj`, `mlp.gate_proj+up_proj`, `mlp.down_proj`.
     """
 
-    def __init__(self, layer: Any) -> None:  # noqa: ANN401  (four classes with no base in common)
-        """Put the weights of siblings into one linear each."""
+    def __init__(self, layer: Any, linears: Sequence[CompiledLinear], stack: Stack) -> None:  # noqa: ANN401  (four classes with no base in common)
+        """Take the norms of a layer over, and its linears, packed."""
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self._config: Any = attention.config
-        self._head_dim: int = attention.head_dim
-        self._scaling: float = attention.scaling
-        told = attention.config if type(layer) is mistral.MistralDecoderLayer else attention
-        self._window: int | None = getattr(told, "sliding_window", None)
-        self._heads = tuple(
-            linear.out_features // self._head_dim for linear in (attention.q_proj, attention.k_proj)
-        )
-        self._eps: float = layer.input_layernorm.variance_epsilon
+        told = layer.self_attn.config if type(layer) is mistral.MistralDecoderLayer else None
+        self.window: int | None = getattr(told or layer.self_attn, "sliding_window", None)
         self.input_layernorm = layer.input_layernorm
         self.post_attention_layernorm = layer.post_attention_layernorm
-        self.head_norms = nn.ModuleList(
-            getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)
-        )
-        self.self_attn = nn.Module()
-        self.self_attn.layer_idx = attention.layer_idx
-        self.self_attn.add_module(QKV, _side_by_side(attention, QKV))
-        self.self_attn.add_module("o_proj", attention.o_proj)
-        self.mlp = nn.Module()
-        self.mlp.add_module(GATE_UP, _side_by_side(mlp, GATE_UP))
-        self.mlp.add_module("down_proj", mlp.down_proj)
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        for name in ("q_norm", "k_norm"):
+            self.self_attn.add_module(name, getattr(layer.self_attn, name, None))
+        for (parent, leaf), linear in zip(LINEARS, linears, strict=True):
+            self.get_submodule(parent).add_module(leaf, linear)
+        self._stack = stack
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
     ) -> Tensor:
-        """Compute the layer in place: hidden_states `[1, T, K]`, cos and sin `[1, T, D]`."""
-        h = hidden_states[0]
-        x = rms_norm(h, self.input_layernorm.weight, self._eps)
-        attended = self._attend(x, *position_embeddings)
-        x = rms_norm(h, self.post_attention_layernorm.weight, self._eps, added=attended)
-        gate_up, down = self.mlp.children()
-        h += down(silu_mul(gate_up(x)))
+        """Compute all layers in place, if this is the first.
+
+        Semantics:
+            hidden_states `[1, T, K]`, cos and sin `[1, T, D]`.
+        """
+        if self is self._stack.layers[0]:
+            self._stack.run(hidden_states[0], *position_embeddings)
         return hidden_states
 
-    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv_proj, o_proj = self.self_attn.children()
-        qkv: Tensor = qkv_proj(x)
-        rotate(qkv, cos[0], sin[0], heads=self._heads, norms=self._norms(), eps=self._eps)
-        heads = qkv.view(len(x), -1, self._head_dim).transpose(0, 1)[None]
-        num_q, num_k = self._heads
-        interface = ALL_ATTENTION_FUNCTIONS[self._config._attn_implementation]
-        attended, _ = interface(
-            self.self_attn,
-            heads[:, :num_q],
-            heads[:, num_q : num_q + num_k],
-            heads[:, num_q + num_k :],
-            None,
-            scaling=self._scaling,
-            sliding_window=self._window,
-        )
-        out: Tensor = o_proj(attended.view(len(x), -1))
-        return out
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The linears as they are now, adapted or not."""
+        return [getattr(self.get_submodule(parent), leaf) for parent, leaf in LINEARS]
 
-    def _norms(self) -> tuple[Tensor, Tensor] | None:
-        """Return the weights of the norms of queries and keys, where the family has some."""
-        weights = tuple(self.head_norms.parameters())
-        return (weights[0], weights[1]) if weights else None
+    @property
+    def norms(self) -> list[Tensor | None]:
+        """Weights of the norms in the order of `cpu_layers.NORMS`."""
+        attention = self.self_attn._modules
+        modules = (self.input_layernorm, self.post_attention_layernorm)
+        named = (*modules, attention["q_norm"], attention["k_norm"])
+        return [None if norm is None else cast(Tensor, norm.weight) for norm in named]
+
+
+class Stack:
+    """The fast layers of one model, and what they are bound to: a KV cache and adapters' sites.
+
+    Attributes:
+        layers: In their order.
+        bound: How they are called now; None before the first step.
+    """
+
+    def __init__(self, attention: Any, norm: Any) -> None:  # noqa: ANN401  (as above)
+        """Read what all layers have in common from the attention and a norm of one."""
+        self.layers: list[FastLayer] = []
+        self.bound: Layers | None = None
+        self._config: Any = attention.config
+        linears = attention.q_proj, attention.k_proj
+        heads = [linear.out_features // attention.head_dim for linear in linears]
+        self._heads = heads[0], heads[1]
+        self._scale: float = attention.scaling
+        self._eps: float = norm.variance_epsilon
+        self._bound_to: list[object] = []
+
+    def run(self, h: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Take the rows of a step through all layers: h `[T, K]`, cos and sin `[1, T, D]`."""
+        hook = hook_of(self._config)
+        bound = self._bind(hook)
+        plan, meta = hook.step()
+        bound.run(h, cos[0], sin[0], meta, plan)
+        hook.calls = [count + 1 for count in hook.calls]
+
+    def _bind(self, hook: AttentionHook) -> Layers:
+        """Look the addresses up, unless that was done for these modules and this cache."""
+        linears = [layer.linears for layer in self.layers]
+        wanted = [hook.cache, *(linear for each in linears for linear in each)]
+        same = len(wanted) == len(self._bound_to)
+        if self.bound is None or not same or any(map(_differ, wanted, self._bound_to)):
+            seconds = None if self.bound is None else self.bound.seconds
+            parts = [
+                LayerParts(
+                    linears=[_base(linear).panels for linear in each],
+                    sites=[_site(linear) for linear in each],
+                    norms=layer.norms,
+                    k_cache=k_cache,
+                    v_cache=v_cache,
+                    window=layer.window,
+                )
+                for layer, each, k_cache, v_cache in zip(
+                    self.layers, linears, hook.cache.k, hook.cache.v, strict=True
+                )
+            ]
+            self.bound = Layers(parts, self._heads, self._eps, self._scale)
+            self.bound.seconds = seconds
+            self._bound_to = wanted
+        return self.bound
+
+
+def _differ(one: object, other: object) -> bool:
+    return one is not other
+
+
+def _base(linear: nn.Module) -> CompiledLinear:
+    base = linear.base if isinstance(linear, AdaptedLinear | AdaptedSite) else linear
+    assert isinstance(base, CompiledLinear), type(base)
+    return base
+
+
+def _site(linear: nn.Module) -> Any:  # noqa: ANN401  (a Site, or None where no adapter reaches)
+    return linear.site if isinstance(linear, AdaptedLinear | AdaptedSite) else None
+
+
+def stack_of(model: nn.Module) -> Stack | None:
+    """Return the fast layers of a model; None where it has others."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    first = layers[0] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    return first._stack if isinstance(first, FastLayer) else None
 
 
 def accelerate(model: PreTrainedModel) -> bool:
@@ -113,14 +173,24 @@ def accelerate(model: PreTrainedModel) -> bool:
     Sites have to be looked for before, as the linears of slices are gone afterwards.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not attention_native.takes(model.dtype):
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
         return False
-    if all(isinstance(layer, FastLayer) for layer in layers):
+    if stack_of(model) is not None:
         return True
-    if model.device.type != "cpu" or not all(_fits(layer) for layer in layers):
+    if not all(_fits(layer) for layer in layers):
         return False
+    first: Any = layers[0]
+    stack = Stack(first.self_attn, first.input_layernorm)
+    elements = sum(
+        cpu_linear.size_of(torch.empty(shape, dtype=model.dtype, device="meta"))
+        for layer in layers
+        for shape in _shapes(layer)
+    )
+    packed = cpu_linear.pack(_weights(layers), elements, model.dtype)
     for index, layer in enumerate(layers):
-        layers[index] = FastLayer(layer)
+        linears = [CompiledLinear(next(packed)) for _ in LINEARS]
+        stack.layers.append(FastLayer(layer, linears, stack))
+        layers[index] = stack.layers[index]
     return True
 
 
@@ -130,18 +200,32 @@ def _fits(layer: Any) -> bool:  # noqa: ANN401  (any module that is a layer)
     if kinds is None or layer.self_attn.config.hidden_act != "silu":
         return False
     known = (*kinds, nn.Linear)
-    own = (child for child in layer.modules() if child is not layer)
-    return all(type(child) in known or child is layer.mlp.act_fn for child in own)
+    own = [child for child in layer.modules() if child is not layer]
+    linears = [child for child in own if isinstance(child, nn.Linear)]
+    return all(type(child) in known or child is layer.mlp.act_fn for child in own) and all(
+        cpu_linear.takes(linear.weight) for linear in linears
+    )
 
 
-def _side_by_side(parent: Any, names: str) -> nn.Linear:  # noqa: ANN401  (its linears' owner)
-    """Make one linear of siblings, their outputs one after another."""
-    parts = [getattr(parent, name) for name in names.split("+")]
-    weight = torch.cat([part.weight.detach() for part in parts])
-    with torch.device("meta"):
-        fused = nn.Linear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None)
-    fused.weight = nn.Parameter(weight, requires_grad=False)
-    if parts[0].bias is not None:
-        bias = torch.cat([part.bias.detach() for part in parts])
-        fused.bias = nn.Parameter(bias, requires_grad=False)
-    return fused
+def _siblings(layer: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Yield the linears that become one, in the order of LINEARS."""
+    for parent, leaf in LINEARS:
+        owner = layer.get_submodule(parent)
+        yield [cast(nn.Linear, owner.get_submodule(name)) for name in leaf.split("+")]
+
+
+def _shapes(layer: nn.Module) -> Iterator[tuple[int, int]]:
+    for parts in _siblings(layer):
+        yield sum(part.out_features for part in parts), parts[0].in_features
+
+
+def _weights(layers: nn.ModuleList) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield weight and bias of every linear of every layer, siblings side by side.
+
+    Layers may be replaced meanwhile, each after its own.
+    """
+    for index in range(len(layers)):
+        for parts in _siblings(layers[index]):
+            weight = torch.cat([part.weight.detach() for part in parts])
+            biases = [part.bias.detach() for part in parts if part.bias is not None]
+            yield weight, torch.cat(biases) if biases else None

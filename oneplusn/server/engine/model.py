@@ -16,10 +16,11 @@ import oneplusn.demo
 from oneplusn.adapters.attach import find_sites
 from oneplusn.adapters.fingerprint import base_fingerprint
 from oneplusn.errors import ConfigError, ModelRefused
+from oneplusn.kernels import native
 from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.attention import LayerShape
 from oneplusn.server.engine.families import accelerate
-from oneplusn.server.engine.linear import PackedLinear, pack_linears
+from oneplusn.server.engine.linear import CompiledLinear, PackedLinear, pack_linears
 from oneplusn.server.engine.memory import check_weights_fit
 from oneplusn.server.engine.probe import ProbeReport, probe
 from oneplusn.server.host import free_cores
@@ -80,7 +81,7 @@ def load_model(
         dtype: "auto", "float32", "bfloat16" or "float16". "auto" is bf16 where the model's file
             is and the processor multiplies it natively, else fp32.
         device: "auto" or "cpu".
-        threads: Threads that torch computes with, in the whole process; None = those that
+        threads: Threads to compute with, in the whole process; None = those that
             `host.free_cores` finds.
 
     Raises:
@@ -92,7 +93,7 @@ def load_model(
     if device not in ("auto", "cpu"):
         msg = f"device {device!r} is not supported; use 'cpu' or 'auto'"
         raise ConfigError(msg)
-    torch.set_num_threads(free_cores() if threads is None else threads)
+    native.use_threads(free_cores() if threads is None else threads)
     path = resolve_model(path_or_id)
     config = _load_config(path, revision)
     computed = resolve_dtype(config, dtype)
@@ -283,7 +284,8 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
 def _num_bytes(model: PreTrainedModel) -> int:
     """Count the bytes of all weights, those in a layout of their own included."""
     plain = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    own = (CompiledLinear, PackedLinear)
+    packed = [module for module in model.modules() if isinstance(module, own)]
     return plain + sum(module.num_bytes for module in packed)
 
 
