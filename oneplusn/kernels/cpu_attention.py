@@ -127,7 +127,7 @@ class _Chunk:
 
 def new_cache(num_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     """Allocate a cache of zeros, `[num_tokens, heads, dim]`, head-major in memory."""
-    return zeros((heads, num_tokens, dim), dtype).transpose(0, 1)
+    return zeros((heads, num_tokens, dim), dtype, in_large_pages=True).transpose(0, 1)
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, kv_pos: Tensor) -> None:

@@ -118,7 +118,7 @@ def pack(
         dtype: Of all of them.
     """
     unit = ALIGNMENT // dtype.itemsize
-    buffer = zeros((elements + unit,), dtype)
+    buffer = zeros((elements + unit,), dtype, in_large_pages=True)
     buffer = buffer[-buffer.data_ptr() % ALIGNMENT // dtype.itemsize :][:elements]
     begin = 0
     for weight, bias in linears:

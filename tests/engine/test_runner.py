@@ -48,9 +48,13 @@ def test_packed_linear_equals_the_plain_one_bit_for_bit(rows, inputs, outputs, w
 
 
 @bf16
-def test_packed_linear_takes_no_rows() -> None:
-    packed = PackedLinear(torch.zeros(7, 24, dtype=torch.bfloat16), None)
-    assert packed(torch.empty(1, 0, 24, dtype=torch.bfloat16)).shape == (1, 0, 7)
+@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear])
+def test_a_packed_linear_takes_no_rows(kind: type[nn.Module], monkeypatch) -> None:
+    monkeypatch.setattr(ops, "compiled", lambda: kind is CompiledLinear)
+    model = nn.Sequential(nn.Linear(24, 7, dtype=torch.bfloat16))
+    pack_linears(model)
+    assert isinstance(model[0], kind)
+    assert model(torch.empty(1, 0, 24, dtype=torch.bfloat16)).shape == (1, 0, 7)
 
 
 @bf16

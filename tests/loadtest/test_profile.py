@@ -67,7 +67,9 @@ def test_every_part_of_a_step_is_timed_and_nothing_stays_behind(
     bare = profile(engine, [], rows=5, prompt=200, steps=2)
 
     assert (adapted.rows, adapted.tasks, adapted.steps) == (5, 4, 2)
-    assert list(adapted.ms_per_step) == ["GEMM", "attention", "delta", "sampler", "rest"]
+    assert list(adapted.ms_per_step) == [
+        *("GEMM", "attention", "delta", "norms, rotation", "sampler", "rest")
+    ]
     assert min(adapted.ms_per_step.values()) > 0
     assert bare.ms_per_step["delta"] == 0
     assert not engine.has_work

@@ -28,6 +28,22 @@ struct Context {
   }
 };
 
+// The keys of what this thread attends to next: fetched while values are added up.
+template <typename T>
+struct Ahead {
+  const T* k = nullptr;
+  Context context = {};
+  int dim = 0;
+
+  void fetch(int at, int count) const {
+    if (!k || context.first + at >= context.stop) return;
+    const int token = context.first + at;
+    const int64_t place = (int64_t)context.table[token / context.block_size] * context.block_size +
+                          token % context.block_size;
+    for (int i = 0; i < count * dim; i += 64 / (int)sizeof(T)) __builtin_prefetch(k + place * dim + i);
+  }
+};
+
 template <typename T>
 struct Query {
   const T* q;
@@ -38,11 +54,13 @@ struct Query {
 
 template <typename T, int M>
 void write_scores(const Attention& a, const Context& context, const Query<T>* queries, const T* k,
-                  float* s, int64_t stride) {
+                  int64_t to_values, float* s, int64_t stride) {
   const T* qs[M];
   for (int m = 0; m < M; ++m) qs[m] = queries[m].q;
   context.each_block([&](int at, int64_t place, int count) {
     const T* keys = k + place * a.k_dim;
+    for (int i = 0; i < count * a.k_dim; i += 64 / (int)sizeof(T))
+      __builtin_prefetch((const char*)(keys + i) + to_values);
     for (int j = 0; j < count; j += kLanes) {
       float values[M][kLanes];
       dots<T, M>(keys + j * a.k_dim, std::min(kLanes, count - j), qs, a.k_dim, values);
@@ -87,11 +105,12 @@ inline void soften(const Attention& a, float* s, int first, int stop, int count,
 // Sums over the values' dimensions from `begin` on: V whole blocks, or the last ones that fill none.
 template <typename T, int V, int M, bool kPart = false>
 void add_values(const Attention& a, const Context& context, const Query<T>* queries, const T* v,
-                const float* s, int64_t stride, int begin) {
+                const float* s, int64_t stride, int begin, const Ahead<T>& ahead) {
   const int rest = a.v_dim - begin;
   Pair acc[M][V] = {};
   context.each_block([&](int at, int64_t place, int count) {
     const T* values = v + place * a.v_dim + begin;
+    if (begin == 0) ahead.fetch(at, count);
     for (int j = 0; j < count; ++j, values += a.v_dim)
       for (int i = 0; i < V; ++i) {
         const Pair value = kPart ? load_part(values, rest) : load(values + i * kBlock);
@@ -111,7 +130,7 @@ void add_values(const Attention& a, const Context& context, const Query<T>* quer
 
 template <typename T, int M>
 void attend_together(const Attention& a, const Query<T>* queries, const int32_t* table, const T* k,
-                     const T* v, std::vector<float>& scores) {
+                     const T* v, const Ahead<T>& ahead, std::vector<float>& scores) {
   Context context{table, queries[0].first, queries[0].stop, a.block_size};
   for (int m = 1; m < M; ++m) {
     context.first = std::min(context.first, queries[m].first);
@@ -122,46 +141,64 @@ void attend_together(const Attention& a, const Query<T>* queries, const int32_t*
   const int64_t stride = (count + 15) / 16 * 16 + kLanes;
   scores.resize(M * stride);
   float* s = scores.data();
-  write_scores<T, M>(a, context, queries, k, s, stride);
+  const int64_t to_values = a.k_dim == a.v_dim ? (const char*)v - (const char*)k : 0;
+  write_scores<T, M>(a, context, queries, k, to_values, s, stride);
   for (int m = 0; m < M; ++m)
     soften(a, s + m * stride, queries[m].first - context.first, queries[m].stop - context.first,
            count, queries[m].sink);
   int d = 0;
   for (; d + 4 * kBlock <= a.v_dim; d += 4 * kBlock)
-    add_values<T, 4, M>(a, context, queries, v, s, stride, d);
+    add_values<T, 4, M>(a, context, queries, v, s, stride, d, ahead);
   for (; d + 2 * kBlock <= a.v_dim; d += 2 * kBlock)
-    add_values<T, 2, M>(a, context, queries, v, s, stride, d);
+    add_values<T, 2, M>(a, context, queries, v, s, stride, d, ahead);
   for (; d + kBlock <= a.v_dim; d += kBlock)
-    add_values<T, 1, M>(a, context, queries, v, s, stride, d);
-  if (d < a.v_dim) add_values<T, 1, M, true>(a, context, queries, v, s, stride, d);
+    add_values<T, 1, M>(a, context, queries, v, s, stride, d, ahead);
+  if (d < a.v_dim) add_values<T, 1, M, true>(a, context, queries, v, s, stride, d, ahead);
 }
 
-// Some rows of one sequence and one KV head.
+// Some rows of one sequence, and one KV head.
+struct Item {
+  int begin, end, kv_head;
+};
+
+inline int first_of(const Attention& a, int row) {
+  return a.window && a.lengths[row] > a.window ? a.lengths[row] - a.window : 0;
+}
+
+inline Context context_of(const Attention& a, Item item) {
+  const int32_t* table = a.block_tables + a.sequences[item.begin] * a.table_stride;
+  const int first = first_of(a, item.begin);
+  return {table, first - first % 16, a.lengths[item.end - 1], a.block_size};
+}
+
 template <typename T>
-void attend(const Attention& a, int begin, int end, int kv_head, std::vector<float>& scores) {
-  Query<T> queries[kItemRows * 64];
-  const T* k = (const T*)a.k + (int64_t)kv_head * a.tokens * a.k_dim;
-  const T* v = (const T*)a.v + (int64_t)kv_head * a.tokens * a.v_dim;
-  const int32_t* table = a.block_tables + a.sequences[begin] * a.table_stride;
-  for (int from = 0; from < a.group; from += 64) {
-    const int heads = std::min(64, a.group - from);
+void attend(const Attention& a, Item item, const Item* next, std::vector<float>& scores) {
+  constexpr int kMostHeads = 64;  // of a KV group, at a time
+  Query<T> queries[kItemRows * kMostHeads];
+  const T* k = (const T*)a.k + (int64_t)item.kv_head * a.tokens * a.k_dim;
+  const T* v = (const T*)a.v + (int64_t)item.kv_head * a.tokens * a.v_dim;
+  const int32_t* table = context_of(a, item).table;
+  Ahead<T> ahead;
+  if (next)
+    ahead = {(const T*)a.k + (int64_t)next->kv_head * a.tokens * a.k_dim, context_of(a, *next), a.k_dim};
+  for (int from = 0; from < a.group; from += kMostHeads) {
+    const int heads = std::min(kMostHeads, a.group - from);
     int count = 0;
-    for (int row = begin; row < end; ++row)
+    for (int row = item.begin; row < item.end; ++row)
       for (int h = 0; h < heads; ++h) {
-        const int head = kv_head * a.group + from + h, stop = a.lengths[row];
+        const int head = item.kv_head * a.group + from + h;
         queries[count++] = {
             (const T*)a.q + row * a.q_row_stride + head * a.q_head_stride,
             (T*)a.out + ((int64_t)row * a.kv_heads * a.group + head) * a.v_dim,
-            a.window && stop > a.window ? stop - a.window : 0, stop,
-            a.sinks ? a.sinks[head] : -INFINITY};
+            first_of(a, row), a.lengths[row], a.sinks ? a.sinks[head] : -INFINITY};
       }
     const Query<T>* at = queries;
-    for (; count >= kQueries; count -= kQueries, at += kQueries)
-      attend_together<T, kQueries>(a, at, table, k, v, scores);
+    for (; count >= kQueries; count -= kQueries, at += kQueries, ahead.k = nullptr)
+      attend_together<T, kQueries>(a, at, table, k, v, ahead, scores);
     switch (count) {
-      case 3: attend_together<T, 3>(a, at, table, k, v, scores); break;
-      case 2: attend_together<T, 2>(a, at, table, k, v, scores); break;
-      case 1: attend_together<T, 1>(a, at, table, k, v, scores); break;
+      case 3: attend_together<T, 3>(a, at, table, k, v, ahead, scores); break;
+      case 2: attend_together<T, 2>(a, at, table, k, v, ahead, scores); break;
+      case 1: attend_together<T, 1>(a, at, table, k, v, ahead, scores); break;
     }
   }
 }
@@ -170,25 +207,18 @@ void attend(const Attention& a, int begin, int end, int kv_head, std::vector<flo
 
 template <typename T>
 void attention(const Attention& a, int threads) {
-  struct Item {
-    int begin, end;
-  };
   std::vector<Item> items;
   int64_t work = 0;
-  for (int row = 0; row < a.rows; ++row) {
-    work += (int64_t)a.lengths[row] * a.kv_heads * a.group * (a.k_dim + a.v_dim) / kBlock;
-    const bool more = !items.empty() && a.sequences[row] == a.sequences[row - 1] &&
-                      row - items.back().begin < kItemRows;
-    if (more)
-      items.back().end = row + 1;
-    else
-      items.push_back({row, row + 1});
+  for (int begin = 0, end; begin < a.rows; begin = end) {
+    for (end = begin + 1; end < a.rows && end < begin + kItemRows; ++end)
+      if (a.sequences[end] != a.sequences[begin]) break;
+    for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head) items.push_back({begin, end, kv_head});
+    work += (int64_t)a.lengths[end - 1] * (end - begin);
   }
-  if (work < kParallelScores) threads = 1;
-  share(threads, items.size() * a.kv_heads, [&](int64_t i) {
+  if (work * a.kv_heads * a.group * (a.k_dim + a.v_dim) / kBlock < kParallelScores) threads = 1;
+  share(threads, items.size(), [&](int64_t i, int64_t next) {
     static thread_local std::vector<float> scores;
-    const Item item = items[i / a.kv_heads];
-    attend<T>(a, item.begin, item.end, (int)(i % a.kv_heads), scores);
+    attend<T>(a, items[i], next == kNone ? nullptr : &items[next], scores);
   });
 }
 

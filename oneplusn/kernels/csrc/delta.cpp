@@ -255,7 +255,7 @@ void gated_delta(const Site& site, const Step& step, const T* x, int64_t x_strid
   for (int group = 0; group < (int)layout.groups.size(); ++group)
     for (int page = 0; page * kPage < layout.groups[group].total; ++page)
       for (int slice = 0; slice < site.slices; ++slice) items.push_back({group, slice, page});
-  share(threads, items.size(), [&](int64_t i) {
+  share(threads, items.size(), [&](int64_t i, int64_t) {
     shrink_page(site, layout, layout.groups[items[i].owner], items[i].slice, items[i].part);
   });
   items.clear();
@@ -263,7 +263,7 @@ void gated_delta(const Site& site, const Step& step, const T* x, int64_t x_strid
     for (int slice = 0; slice < site.slices; ++slice)
       for (int begin = 0; begin < site.bounds[slice + 1] - site.bounds[slice]; begin += kColumns)
         items.push_back({cluster, slice, begin});
-  share(threads, items.size(), [&](int64_t i) {
+  share(threads, items.size(), [&](int64_t i, int64_t) {
     const auto [cluster, slice, begin] = items[i];
     const int count = std::min(kColumns, site.bounds[slice + 1] - site.bounds[slice] - begin);
     for (int s = step.clusters[cluster]; s < step.clusters[cluster + 1]; ++s)

@@ -132,7 +132,7 @@ struct Pass {
   void each_row(int64_t width, const Body& body) const {
     const int64_t most = std::max<int64_t>(1, kParallelElements / 4 / width);
     const int64_t items = (batch.rows + most - 1) / most;
-    share(batch.rows * width < kParallelElements ? 1 : threads, items, [&](int64_t item) {
+    share(batch.rows * width < kParallelElements ? 1 : threads, items, [&](int64_t item, int64_t) {
       const int64_t end = std::min(batch.rows, (item + 1) * most);
       for (int64_t row = item * most; row < end; ++row) body(row);
     });

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kPanel = 32;                // outputs of a panel
 constexpr int kStepBytes = 128;           // of a panel
-constexpr int64_t kAheadBytes = 4096;     // of weights, to fetch before they are needed
 constexpr int kMostRows = 12;             // whose sums fit in registers beside the weights
 constexpr int kGroupRows = 8;             // of each group where there are more
 constexpr int64_t kParallelMacs = 20'000; // that outweigh telling the team
@@ -17,17 +16,21 @@ constexpr int64_t kParallelMacs = 20'000; // that outweigh telling the team
 template <typename T>
 constexpr int kDepth = 4 / sizeof(T);  // inputs of a step
 
+// What to fetch while a group of rows meets a panel: so many bytes a step, from `at` on.
+struct Fetch {
+  const char* at;
+  int64_t stride;
+};
+
 template <typename T, int M>
-inline void panel_rows(const char* w, const T* x, int64_t x_stride, int64_t steps, bool fetch,
+inline void panel_rows(const char* w, const T* x, int64_t x_stride, int64_t steps, Fetch fetch,
                        Floats (&acc)[M][2]) {
   for (int64_t i = 0; i < steps; ++i, w += kStepBytes) {
     Words low, high;
     std::memcpy(&low, w, sizeof low);
     std::memcpy(&high, w + 64, sizeof high);
-    if (fetch) {
-      __builtin_prefetch(w + kAheadBytes);
-      __builtin_prefetch(w + kAheadBytes + 64);
-    }
+    __builtin_prefetch(fetch.at + i * fetch.stride);
+    __builtin_prefetch(fetch.at + i * fetch.stride + fetch.stride / 2);
     for (int m = 0; m < M; ++m) {
       uint32_t inputs;
       std::memcpy(&inputs, x + m * x_stride + i * kDepth<T>, sizeof inputs);
@@ -39,7 +42,7 @@ inline void panel_rows(const char* w, const T* x, int64_t x_stride, int64_t step
 
 template <typename T, int M>
 void panel_group(const Linear& linear, int64_t panel, const T* x, int64_t x_stride, T* y,
-                 int64_t y_stride, bool fetch) {
+                 int64_t y_stride, Fetch fetch) {
   const int64_t steps = linear.width / kDepth<T>, begin = panel * kPanel;
   Floats acc[M][2] = {};
   panel_rows<T, M>((const char*)linear.panels + panel * steps * kStepBytes, x, x_stride, steps,
@@ -66,7 +69,7 @@ void panel_group(const Linear& linear, int64_t panel, const T* x, int64_t x_stri
 
 template <typename T, int M = kMostRows>
 void panel_group_of(int rows, const Linear& linear, int64_t panel, const T* x, int64_t x_stride,
-                    T* y, int64_t y_stride, bool fetch) {
+                    T* y, int64_t y_stride, Fetch fetch) {
   if (rows == M) return panel_group<T, M>(linear, panel, x, x_stride, y, y_stride, fetch);
   if constexpr (M > 1)
     panel_group_of<T, M - 1>(rows, linear, panel, x, x_stride, y, y_stride, fetch);
@@ -81,14 +84,21 @@ void multiply(const Linear& linear, const T* x, int64_t x_stride, T* y, int64_t 
   const int64_t panels = (linear.columns + kPanel - 1) / kPanel;
   if (rows * linear.columns * linear.width < kParallelMacs) threads = 1;
   const int64_t together = std::max<int64_t>(1, std::min<int64_t>(4, panels / (4 * threads)));
-  share(threads, (panels + together - 1) / together, [&](int64_t item) {
+  const int64_t steps = linear.width / kDepth<T>, bytes = steps * kStepBytes;
+  share(threads, (panels + together - 1) / together, [&](int64_t item, int64_t next_item) {
     const int64_t end = std::min(panels, (item + 1) * together);
-    for (int64_t panel = item * together; panel < end; ++panel)
+    for (int64_t panel = item * together; panel < end; ++panel) {
+      const int64_t other = panel + 1 < end || next_item == kNone ? panel + 1 : next_item * together;
+      const char* next = (const char*)linear.panels + std::min(other, panels - 1) * bytes;
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t begin = rows * group / groups, stop = rows * (group + 1) / groups;
+        const Fetch fetch = groups == 1 ? Fetch{next, kStepBytes}
+                            : group < 2 ? Fetch{next + group * bytes / 2, kStepBytes / 2}
+                                        : Fetch{next, 0};
         panel_group_of<T>((int)(stop - begin), linear, panel, x + begin * x_stride, x_stride,
-                          y + begin * y_stride, y_stride, group == 0);
+                          y + begin * y_stride, y_stride, fetch);
       }
+    }
   });
 }
 

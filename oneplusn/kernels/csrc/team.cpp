@@ -28,7 +28,7 @@ class Team {
   void run(int threads, int64_t items, TeamBody body, const void* context) {
     const std::unique_lock<std::mutex> alone(callers_, std::try_to_lock);
     if (!alone || items > kMostItems) {
-      for (int64_t i = 0; i < items; ++i) body(context, i);
+      for (int64_t i = 0; i < items; ++i) body(context, i, i + 1 < items ? i + 1 : kNone);
       return;
     }
     while (size_ < threads - 1) std::thread(&Team::work, this, size_++).detach();
@@ -42,21 +42,26 @@ class Team {
       { const std::lock_guard<std::mutex> lock(sleep_); }
       woken_.notify_all();
     }
-    while (take()) continue;
+    work_off();
     while (done_.load(std::memory_order_acquire) != items) pause();
   }
 
  private:
   static uint64_t loop_of(uint64_t state) { return state >> (2 * kCountBits); }
 
-  // Do one item of the present loop, if one is left.
-  bool take() {
+  // Take an item of the present loop, if one is left.
+  int64_t claim() {
     const uint64_t claim = state_.fetch_add(1, std::memory_order_acq_rel);
     const uint64_t item = claim & kCountMask;
-    if (item >= (claim >> kCountBits & kCountMask)) return false;
-    body_(context_, (int64_t)item);
-    done_.fetch_add(1, std::memory_order_release);
-    return true;
+    return item < (claim >> kCountBits & kCountMask) ? (int64_t)item : kNone;
+  }
+
+  void work_off() {
+    for (int64_t item = claim(), next; item != kNone; item = next) {
+      next = claim();
+      body_(context_, item, next);
+      done_.fetch_add(1, std::memory_order_release);
+    }
   }
 
   void work(int index) {
@@ -64,7 +69,7 @@ class Team {
       wait_for_other_than(seen);
       seen = loop_of(state_.load(std::memory_order_acquire));
       if (index < invited_.load(std::memory_order_relaxed))
-        while (take()) continue;
+        work_off();
     }
   }
 

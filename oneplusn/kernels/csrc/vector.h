@@ -142,6 +142,7 @@ inline void dot(Floats& acc, Words a, Words x) {
 }
 
 // out[m][i] = rows[i] . xs[m] for kLanes rows that lie `width` apart; only the first `lanes` exist.
+// Meanwhile the same number of bytes behind them is fetched, in the order in which it lies.
 template <typename T, int M>
 inline void dots(const T* rows, int lanes, const T* const* xs, int64_t width,
                  float (&out)[M][kLanes]) {
@@ -153,6 +154,7 @@ inline void dots(const T* rows, int lanes, const T* const* xs, int64_t width,
     decltype(raw(rows)) x[M];
     for (int m = 0; m < M; ++m) x[m] = raw(xs[m] + k);
     for (int i = 0; i < kLanes; ++i) {
+      __builtin_prefetch(rows + kLanes * (width + k) + i * kBlock);
       const auto a = raw(at[i] + k);
       for (int m = 0; m < M; ++m) dot(acc[m][i], a, x[m]);
     }

@@ -1,8 +1,7 @@
 """A fast path for decoder layers of Llama's shape: Llama, Qwen2, Qwen3 and Mistral.
 
 The layers of a loaded model are replaced one by one; embedding, rotary table, last norm and head
-stay what they are, and so does everything that calls the model. The first fast layer takes a step
-through all of them in one call of the compiled kernels, the others pass on what they get. Whether
+stay what they are. A step then goes through all layers in one call of the compiled kernels. Whether
 that computes what the originals did is for the probe to say, before anything is served.
 """
 
@@ -22,9 +21,16 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from oneplusn.adapters.attach import AdaptedLinear, AdaptedSite
 from oneplusn.kernels import cpu_linear
 from oneplusn.kernels.cpu_layers import LayerParts, Layers
+from oneplusn.server.engine import attention
 from oneplusn.server.engine.attention import AttentionHook, hook_of
 from oneplusn.server.engine.linear import CompiledLinear
 
+MODELS = (
+    llama.LlamaForCausalLM,
+    qwen2.Qwen2ForCausalLM,
+    qwen3.Qwen3ForCausalLM,
+    mistral.MistralForCausalLM,
+)
 # A decoder layer, and what it has to be made of.
 FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     llama.LlamaDecoderLayer: (llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
@@ -48,8 +54,9 @@ LINEARS = (
 class FastLayer(nn.Module):
     """One decoder layer; takes over the weights of the one that it is made from.
 
-    Linears have the names of the sites that adapters reach: `self_attn.q_proj+k_proj+v_proj`,
-    `self_attn.o_proj`, `mlp.gate_proj+up_proj`, `mlp.down_proj`.
+    It holds what the stack computes with, and is not called itself. Linears have the names of the
+    sites that adapters reach: `self_attn.q_proj+k_proj+v_proj`, `self_attn.o_proj`,
+    `mlp.gate_proj+up_proj`, `mlp.down_proj`.
     """
 
     def __init__(self, layer: Any, linears: Sequence[CompiledLinear], stack: Stack) -> None:  # noqa: ANN401  (four classes with no base in common)
@@ -64,19 +71,7 @@ class FastLayer(nn.Module):
             self.self_attn.add_module(name, getattr(layer.self_attn, name, None))
         for (parent, leaf), linear in zip(LINEARS, linears, strict=True):
             self.get_submodule(parent).add_module(leaf, linear)
-        self._stack = stack
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
-    ) -> Tensor:
-        """Compute all layers in place, if this is the first.
-
-        Semantics:
-            hidden_states `[1, T, K]`, cos and sin `[1, T, D]`.
-        """
-        if self is self._stack.layers[0]:
-            self._stack.run(hidden_states[0], *position_embeddings)
-        return hidden_states
+        self.stack = stack
 
     @property
     def linears(self) -> list[nn.Module]:
@@ -113,11 +108,11 @@ class Stack:
         self._bound_to: list[object] = []
 
     def run(self, h: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Take the rows of a step through all layers: h `[T, K]`, cos and sin `[1, T, D]`."""
+        """Take the rows of a step through all layers: h `[T, K]`, cos and sin `[T, D]`."""
         hook = hook_of(self._config)
         bound = self._bind(hook)
         plan, meta = hook.step()
-        bound.run(h, cos[0], sin[0], meta, plan)
+        bound.run(h, cos, sin, meta, plan)
         hook.calls = [count + 1 for count in hook.calls]
 
     def _bind(self, hook: AttentionHook) -> Layers:
@@ -162,9 +157,29 @@ def _site(linear: nn.Module) -> Any:  # noqa: ANN401  (a Site, or None where no 
 
 def stack_of(model: nn.Module) -> Stack | None:
     """Return the fast layers of a model; None where it has others."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    first = layers[0] if isinstance(layers, nn.ModuleList) and len(layers) else None
-    return first._stack if isinstance(first, FastLayer) else None
+    if type(model) not in MODELS:
+        return None
+    first = cast(Any, model).model.layers[0]
+    return first.stack if isinstance(first, FastLayer) else None
+
+
+def model_logits(
+    model: PreTrainedModel, token_ids: Tensor, positions: Tensor, rows: Tensor
+) -> Tensor:
+    """Run a model on the flat rows of a step, by its fast layers if it has some.
+
+    Semantics:
+        token_ids int64 [T], positions int64 [T], rows int64 [M] -> logits [M, V] of those rows.
+    """
+    stack = stack_of(model)
+    if stack is None:
+        return attention.model_logits(model, token_ids, positions, rows)
+    parts: Any = model
+    h: Tensor = parts.model.embed_tokens(token_ids)
+    cos, sin = parts.model.rotary_emb(h[None], positions[None])
+    stack.run(h, cos[0], sin[0])
+    logits: Tensor = parts.lm_head(parts.model.norm(h[rows]))
+    return logits
 
 
 def accelerate(model: PreTrainedModel) -> bool:
@@ -172,12 +187,10 @@ def accelerate(model: PreTrainedModel) -> bool:
 
     Sites have to be looked for before, as the linears of slices are gone afterwards.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return False
     if stack_of(model) is not None:
         return True
-    if not all(_fits(layer) for layer in layers):
+    layers = cast(Any, model).model.layers if type(model) in MODELS else nn.ModuleList()
+    if not len(layers) or not all(_fits(layer) for layer in layers):
         return False
     first: Any = layers[0]
     stack = Stack(first.self_attn, first.input_layernorm)

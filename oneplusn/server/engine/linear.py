@@ -34,7 +34,8 @@ class CompiledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + bias: [.., K] -> [.., N]."""
-        return self.panels.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        y = self.panels.multiply(x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def num_bytes(self) -> int:

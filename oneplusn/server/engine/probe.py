@@ -23,8 +23,8 @@ from oneplusn.server.engine.attention import (
     KVCache,
     LayerShape,
     ShapeRecorder,
-    model_logits,
 )
+from oneplusn.server.engine.families import model_logits
 
 BLOCK_SIZE = 16
 # Windows up to this long are crossed by the probe's longest sequence.

@@ -14,8 +14,9 @@ from oneplusn.errors import ModelRefused, OneplusnError
 from oneplusn.kernels.cpu_attention import AttentionMeta
 from oneplusn.kernels.plan import BASE_SLOT, StepContext, StepHandle, build_plan
 from oneplusn.kernels.tuning import tile_rows
-from oneplusn.server.engine.attention import AttentionHook, KVCache, model_logits
+from oneplusn.server.engine.attention import AttentionHook, KVCache
 from oneplusn.server.engine.batch import StepBatch, build_batch
+from oneplusn.server.engine.families import model_logits
 from oneplusn.server.engine.model import LoadedModel
 from oneplusn.server.engine.scheduler import Schedule
 
