@@ -8,6 +8,7 @@ PYTHON_GPU ?= $(BIN)/python
 OTHER_TRITON := $(VENV)/triton-3.6/.installed
 # Clients of others, in environments of their own: no torch, and nothing of ours but the server.
 ACCEPTANCE := $(VENV)/acceptance
+PEERS := build/peers
 CLIENTS := tests/acceptance
 MEET := ACCEPTANCE_SERVER=$(CURDIR)/$(BIN)/oneplusn ACCEPTANCE_NODE=$(CURDIR)/$(ACCEPTANCE)/node
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -16,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: experiments help install serve demo test check fmt lint types acceptance bench bench-swap other-triton kernel-report gpu-smoke container-steps clean
+.PHONY: help install serve demo test check fmt lint types acceptance bench bench-peers bench-swap growth experiments other-triton kernel-report gpu-smoke container-steps clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +33,11 @@ $(OTHER_TRITON): $(STAMP)
 	touch $@
 
 $(ACCEPTANCE)/openai-%/.installed: $(CLIENTS)/requirements-openai-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(PEERS)/%/.installed: oneplusn/loadtest/peers/requirements/%.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
@@ -75,10 +81,16 @@ acceptance: $(STAMP) $(patsubst %,$(ACCEPTANCE)/%/.installed,openai-2 openai-3 n
 		test_lorax.py test_schemathesis.py
 
 bench: $(STAMP) ## measure throughput and latency, and print where
-	$(BIN)/python -m oneplusn.loadtest.bench
+	$(BIN)/python -m oneplusn.loadtest.bench $(ARGS)
+
+bench-peers: $(STAMP) $(patsubst %,$(PEERS)/%/.installed,gguf transformers peft) ## measure beside other servers, and fail if a floor is missed (most of an hour)
+	$(BIN)/python -m oneplusn.loadtest.bench --model small,mid --peers all --environments $(PEERS) $(ARGS)
 
 bench-swap: $(STAMP) ## flip an adapter's versions under load, and print what it cost the others
 	$(BIN)/python -m oneplusn.loadtest.swap $(ARGS)
+
+growth: $(STAMP) ## how throughput and latency grow with clients, adapters, context (minutes a curve)
+	$(BIN)/python -m oneplusn.loadtest.growth --out docs/benchmarks $(ARGS)
 
 container-steps: $(STAMP) ## run the steps of the CPU image in a clean folder (minutes)
 	$(BIN)/pytest -m slow tests/test_containers.py

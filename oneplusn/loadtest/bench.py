@@ -1,203 +1,184 @@
-"""Measure throughput and latency over HTTP, beside PEFT and transformers in the same run.
+"""Measure throughput and latency over HTTP, beside other servers and libraries in the same run.
 
     python -m oneplusn.loadtest.bench --threads 2
 
-Builds a random model and adapters, serves them, sends concurrent requests, times the peers on the
-same work, and prints one table. Every part runs in a process of its own, one after the other.
+Builds a random model and adapters, serves them, and sends every system the same closed loop. Every
+part runs in a process of its own, one after the other. With --json a run goes on where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
-import random
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import httpx
-
-from oneplusn.loadtest.client import Ask, Summary, send_all, summarize
-from oneplusn.loadtest.fixtures import (
-    BASE,
-    MIXED,
-    ONE_LORA,
-    SHAPES,
-    TASKS_PER_CLUSTER,
-    Fixtures,
-    adapter_memory,
-    kept,
-)
-from oneplusn.loadtest.options import benchmark
+from oneplusn.loadtest import bench_options, bench_server
+from oneplusn.loadtest.bench_cases import CASES, Work
+from oneplusn.loadtest.bench_floors import unexcused, verdicts
+from oneplusn.loadtest.bench_results import OtherSetting, Results, Share
+from oneplusn.loadtest.fixtures import Fixtures, kept
 from oneplusn.loadtest.peers import PEERS
-from oneplusn.loadtest.processes import ChildFailed, named, python, run_json, serving
-from oneplusn.loadtest.report import Case, Report, machine, render
+from oneplusn.loadtest.peers.system import Absent, Places, System
+from oneplusn.loadtest.processes import ChildFailed, python, run_json
+from oneplusn.loadtest.report import machine, render
 from oneplusn.loadtest.stream import LoadFailed
 
-BASE_NAME = "base"
-FIRST_WORD = 3
-"""The lowest token id that is no special token."""
+BUILD_LIMIT_S = 600.0
+EXIT_MISSED, EXIT_UNFINISHED, EXIT_INTERRUPTED = 1, 3, 130
 
-LOAD_LIMIT_S = 300.0
-BUILD_LIMIT_S = 300.0
-PROFILE_LIMIT_S = 300.0
-PEER_LIMIT_S = 1800.0
-STEP_METRIC = "oneplusn_engine_step_seconds"
+
+class OutOfTime(Exception):
+    """The minutes that this run was given are over."""
 
 
 def main() -> int:
     """Run the benchmark; return the exit status."""
-    options = _options()
+    options = bench_options.parse(__doc__ or "")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        report = run(options)
-    except (ChildFailed, LoadFailed, httpx.HTTPError) as error:
+        results = open_results(options)
+        with kept(options.cache) as folder:
+            run(results, options, folder)
+    except (ChildFailed, LoadFailed, OtherSetting) as error:
         print(f"bench: {error}", file=sys.stderr)
-        return 1
+        return EXIT_MISSED
+    except OutOfTime:
+        print("bench: not finished; run it again to go on", file=sys.stderr)
+        return EXIT_UNFINISHED
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
-        return 130
-    print(render(report))
-    if options.json:
-        options.json.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
-    return 0
+        return EXIT_INTERRUPTED
+    print(render(results))
+    missed = [] if options.no_floors else unexcused(verdicts(results))
+    for line in missed:
+        print(f"bench: missed: {line}", file=sys.stderr)
+    own = {bench_server.OURS, bench_server.BARE}
+    failed = any(own & found.keys() for found in results.missing.values())
+    return EXIT_MISSED if missed or failed else 0
 
 
-def _options() -> argparse.Namespace:
-    parser = benchmark("bench", __doc__, tokens=64, quick="a tiny model and no peers")
-    parser.add_argument("--requests", type=int, default=16, help="at once (16)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each case after a warm-up (3)")
-    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated; '' for none")
-    options = parser.parse_args()
-    options.peers = [peer for peer in options.peers.split(",") if peer]
-    if unknown := set(options.peers) - set(PEERS):
-        parser.error(f"no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    if min(options.threads, options.requests, options.prompt, options.repeats) < 1:
-        parser.error("--threads, --requests, --prompt and --repeats are 1 or more")
-    if options.output < 2:
-        parser.error("--output is 2 or more, as the time between tokens is measured")
-    if options.quick:
-        quick = {"model": "tiny", "requests": 2, "prompt": 16, "output": 8, "repeats": 1}
-        vars(options).update(quick, peers=[])
-    return options
-
-
-def run(options: argparse.Namespace) -> Report:
-    """Measure everything that was asked for."""
-    names = ("model", "requests", "prompt", "output", "threads", "repeats")
-    report = Report({name: getattr(options, name) for name in names}, machine())
-    with kept(options.cache) as folder:
-        fixtures = Fixtures(folder / f"{options.model}-{options.requests}", options.requests)
-        _say(f"building {fixtures.folder}")
-        build = [str(fixtures.folder), "--model", options.model, "--requests"]
-        command = python("oneplusn.loadtest.fixtures", *build, str(options.requests))
-        run_json(command, threads=options.threads, limit_s=BUILD_LIMIT_S)
-        _measure_server(report, fixtures, options)
-        for peer in options.peers:
-            _measure_peer(report, peer, fixtures, options)
-        _measure_shares(report, fixtures, options)
-    return report
-
-
-def _cases(fixtures: Fixtures) -> dict[str, list[str]]:
-    """Return the model that each request of a case names."""
-    count, loras, tasks = fixtures.requests, list(fixtures.loras), fixtures.cluster_tasks
-    return {
-        "one request, bare base": [BASE_NAME],
-        BASE: [BASE_NAME] * count,
-        ONE_LORA: loras[:1] * count,
-        MIXED.format(count): loras,
-        f"{count} tasks in CGC clusters of {TASKS_PER_CLUSTER}": tasks[:count],
-    }
-
-
-def _model(fixtures: Fixtures) -> list[str]:
-    """Return the options that name the base and all adapters, and make room for them."""
-    adapters = fixtures.loras | fixtures.clusters
-    room = adapter_memory(adapters.values())
-    return ["--model", str(fixtures.base), *room, *named(adapters, "--adapter")]
-
-
-def _measure_server(report: Report, fixtures: Fixtures, options: argparse.Namespace) -> None:
-    """Serve everything at once and run every case."""
-    arguments = [*_model(fixtures), "--served-model-name", BASE_NAME]
-    _say("starting the server")
-    with serving(arguments, threads=options.threads) as address:
-        for name, models in _cases(fixtures).items():
-            runs = [
-                _load(address, name, models, options, seed=f"{name} {repeat}")
-                for repeat in range(options.repeats + 1)
-            ][1:]
-            case = sorted(runs, key=lambda run: run.summary.tokens_per_s)[(len(runs) - 1) // 2]
-            report.cases.append(case)
-            _say(f"oneplusn, {name}: {case.summary.tokens_per_s:.1f} tokens/s")
-
-
-def _load(
-    address: str, name: str, models: Sequence[str], options: argparse.Namespace, *, seed: str
-) -> Case:
-    """Send one load. Its prompts are new, so that no prefix cache shortens the work."""
-    draw = random.Random(seed)
-    words = range(FIRST_WORD, SHAPES[options.model].vocab)
-    asks = [
-        Ask(model, tuple(draw.choices(words, k=options.prompt)), options.output) for model in models
-    ]
-    seconds, steps = _steps(address)
-    answers = asyncio.run(send_all(address, asks, limit_s=LOAD_LIMIT_S))
-    seconds_after, steps_after = _steps(address)
-    found = summarize(answers)
-    _check(found, options)
-    return Case(name, found, (seconds_after - seconds) / (steps_after - steps) * 1e3)
-
-
-def _check(found: Summary, options: argparse.Namespace) -> None:
-    """Refuse figures of other work than was asked for.
+def open_results(options: argparse.Namespace) -> Results:
+    """Return what was measured before with these options, or nothing yet.
 
     Raises:
-        LoadFailed: Too few tokens came back, or prompts were not computed.
+        OtherSetting: The file holds results of other work, or of another machine.
     """
-    if found.output_tokens != found.requests * options.output or found.cached_tokens:
-        msg = (
-            f"{found.requests} requests of {options.output} tokens got {found.output_tokens} "
-            f"with {found.cached_tokens} prompt tokens from the cache; all and none were expected"
-        )
-        raise LoadFailed(msg, group="other work")
+    names = ("streams", "rounds", "prompt", "output", "repeats", "threads")
+    setting: dict[str, Any] = {name: getattr(options, name) for name in names}
+    work = _work(options, options.model[0], Path())
+    setting["titles"] = {case: work.title(case) for case in CASES}
+    if options.json is None:
+        return Results(setting, machine())
+    return Results.kept(setting, machine(), options.json)
 
 
-def _steps(address: str) -> tuple[float, float]:
-    """Return the seconds that the engine's steps took so far, and their number."""
-    text = httpx.get(f"{address}/metrics").raise_for_status().text
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] not in ("#", ""))
-    return float(values[f"{STEP_METRIC}_sum"]), float(values[f"{STEP_METRIC}_count"])
+def run(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """Measure everything that was asked for and is not there yet.
+
+    Raises:
+        ChildFailed: The models cannot be built.
+        OutOfTime: The minutes are over.
+    """
+    limit = float("inf") if options.minutes is None else options.minutes * 60
+    deadline = time.monotonic() + limit
+    for model in options.model:
+        work = _work(options, model, folder)
+        _say(f"building {work.fixtures.folder}")
+        build = [str(work.fixtures.folder), "--model", model, "--requests", str(work.streams)]
+        command = python("oneplusn.loadtest.fixtures", *build)
+        run_json(command, threads=options.threads, limit_s=BUILD_LIMIT_S)
+        sink = Timed(Share(results, model), deadline)
+        for group, system in systems(results, work, options):
+            if group in options.again:
+                results.forget(model, system.name)
+            _measure(results, work, system, sink)
+        if not (options.no_profile or model in results.shares):
+            sink.check()
+            _say(f"{model}: profiling steps")
+            results.shares[model] = bench_server.shares(work)
+            results.save()
 
 
-def _measure_peer(
-    report: Report, peer: str, fixtures: Fixtures, options: argparse.Namespace
-) -> None:
-    """Time one peer on the same work."""
-    _say(f"running {peer}")
-    command = python("oneplusn.loadtest.peers", peer, "--model", str(fixtures.base))
-    for name in ("threads", "requests", "prompt", "output", "repeats"):
-        command += [f"--{name}", str(getattr(options, name))]
-    command += named(fixtures.loras, "--lora")
-    for figures in run_json(command, threads=options.threads, limit_s=PEER_LIMIT_S):
-        report.peers.append(figures)
-        _say(f"{figures['name']}: {figures['tokens_per_s']:.1f} tokens/s")
+def _work(options: argparse.Namespace, model: str, folder: Path) -> Work:
+    return Work(
+        model=model,
+        streams=options.streams,
+        prompt=options.prompt,
+        output=options.output,
+        rounds=options.rounds,
+        repeats=options.repeats,
+        threads=options.threads,
+        fixtures=Fixtures(folder / f"{model}-{options.streams}", options.streams),
+    )
 
 
-def _measure_shares(report: Report, fixtures: Fixtures, options: argparse.Namespace) -> None:
-    """Find out where a decode step spends its time."""
-    _say("profiling steps")
-    *_, mixed, clustered = _cases(fixtures)
-    cases = {BASE: "", mixed: ",".join(fixtures.loras), clustered: ",".join(fixtures.clusters)}
-    command = python("oneplusn.server.tools.profile", *_model(fixtures), "--json")
-    command += ["--threads", str(options.threads), "--rows", str(options.requests)]
-    command += ["--prompt", str(options.prompt), "--steps", str(options.output)]
-    command += [word for names in cases.values() for word in ("--case", names)]
-    profiles = run_json(command, threads=options.threads, limit_s=PROFILE_LIMIT_S)
-    for name, profile in zip(cases, profiles, strict=True):
-        report.shares[name] = profile["ms_per_step"]
+def systems(
+    results: Results, work: Work, options: argparse.Namespace
+) -> Iterator[tuple[str, System]]:
+    """Yield our server and every peer that is here by its name, and note those that are not."""
+    for own in bench_server.systems(work):
+        yield bench_server.OURS, own
+    scratch = work.fixtures.folder / "peers"
+    places = Places(options.environments, options.llama_server, options.vllm, scratch)
+    for peer in options.peers:
+        try:
+            found = PEERS[peer](work, places)
+        except Absent as why:
+            _say(f"{work.model}: {peer} is absent: {why}")
+            results.miss(work.model, peer, str(why))
+            continue
+        results.missing.get(work.model, {}).pop(peer, None)
+        for system in found:
+            yield peer, system
+
+
+def _measure(results: Results, work: Work, system: System, sink: Timed) -> None:
+    """Run what a system has not run yet; a failure is noted, and the others go on."""
+    cases = [case for case in system.cases if results.lacks(work.model, system.name, case)]
+    if not cases:
+        return
+    sink.check()
+    _say(f"{work.model}: starting {system.name}")
+    try:
+        system.run(cases, sink)
+    except (ChildFailed, LoadFailed) as error:
+        _say(f"{work.model}: {system.name} failed: {error}")
+        results.miss(work.model, system.name, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Takes what systems find, says it, and ends the run when its time is over.
+
+    Attributes:
+        deadline: On the clock of `time.monotonic`.
+    """
+
+    share: Share
+    deadline: float
+
+    def check(self) -> None:
+        """Go on only if there is time.
+
+        Raises:
+            OutOfTime: There is none.
+        """
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    def row(self, system: str, case: str, figures: Mapping[str, Any]) -> None:
+        """Take the figures of one case."""
+        self.share.row(system, case, figures)
+        _say(f"{self.share.model}: {system}, {case}: {figures['output_throughput']:.1f} tokens/s")
+
+    def server(self, system: str, figures: Mapping[str, Any]) -> None:
+        """Take what starting and holding the system cost."""
+        self.share.server(system, figures)
 
 
 def _say(line: str) -> None:

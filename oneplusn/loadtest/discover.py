@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import httpx
 import msgspec
 
+from oneplusn.loadtest.mistake import Mistake
 from oneplusn.loadtest.prompts import Count
+from oneplusn.loadtest.transport import trusted
 
 ASK_LIMIT_S = 30.0
 MODELS = "/v1/models"
@@ -25,10 +26,6 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-class NothingToAsk(Exception):
-    """The server names no model."""
-
-
 class Inquiry:
     """Asks one server; a context manager."""
 
@@ -40,7 +37,7 @@ class Inquiry:
             headers=headers,
             timeout=ASK_LIMIT_S,
             trust_env=False,
-            verify=ssl.create_default_context(),
+            verify=trusted(),
         )
 
     def __enter__(self) -> Inquiry:
@@ -58,7 +55,7 @@ class Inquiry:
         """Return the names of all tasks or adapters; of all models, if none is an adapter.
 
         Raises:
-            NothingToAsk: It lists none.
+            Mistake: It lists none.
             httpx.HTTPError: It does not answer.
         """
         answer = self._client.get(MODELS).raise_for_status()
@@ -67,7 +64,7 @@ class Inquiry:
         except msgspec.DecodeError:
             listed = []
         if not listed:
-            raise NothingToAsk(f"{MODELS} lists no model; name one with --model")
+            raise Mistake(f"{MODELS} lists no model; name one with --model")
         adapters = [model.id for model in listed if model.parent]
         return tuple(adapters or [model.id for model in listed])
 

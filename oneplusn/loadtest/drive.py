@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
+
+import msgspec
 
 from oneplusn.loadtest.dialects import Dialect
 from oneplusn.loadtest.exchange import Exchange, Pool
@@ -77,16 +80,15 @@ class Outcome:
         records: All requests, in the order sent, those of the warm-up included.
         begin: When the warm-up was over.
         end_of_sending: When no more requests were sent.
-        seconds: From the first request, warm-up included, until the last answer.
-        cpu_seconds: Processor time that this process took for it.
+        cpu_shares: Of a core, for each process that sent, from the first request, warm-up included,
+            until its last answer.
         interrupted: Somebody ended it early.
     """
 
     records: list[Record] = field(default_factory=list)
     begin: float = 0.0
     end_of_sending: float = 0.0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    cpu_shares: tuple[float, ...] = ()
     interrupted: bool = False
 
     @property
@@ -95,15 +97,38 @@ class Outcome:
         return [record for record in self.records if record.counts]
 
 
+class Counts(msgspec.Struct, frozen=True, tag=True):
+    """How a load is going.
+
+    Attributes:
+        sent: Requests.
+        done: Requests that were answered.
+        failed: Requests that were not.
+        tokens: Events with text, those of unfinished answers included.
+        first_tokens: The last times to first token, seconds.
+    """
+
+    sent: int = 0
+    done: int = 0
+    failed: int = 0
+    tokens: int = 0
+    first_tokens: tuple[float, ...] = ()
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.sent + other.sent,
+            self.done + other.done,
+            self.failed + other.failed,
+            self.tokens + other.tokens,
+            self.first_tokens + other.first_tokens,
+        )
+
+
 class Driver:
     """Sends one load.
 
     Attributes:
         outcome: What was measured so far.
-        sent: Requests.
-        done: Requests that were answered.
-        failed: Requests that were not.
-        first_tokens: The last times to first token, seconds.
     """
 
     def __init__(
@@ -116,9 +141,9 @@ class Driver:
         keep_text: bool = False,
     ) -> None:
         self.outcome = Outcome()
-        self.sent = self.done = self.failed = 0
-        self.first_tokens: deque[float] = deque(maxlen=RECENT)
-        self.limits = limits
+        self._sent = self._done = self._failed = 0
+        self._first_tokens: deque[float] = deque(maxlen=RECENT)
+        self._limits = limits
         self._pool = Pool(server)
         self._dialect = dialect
         self._compose = compose
@@ -131,9 +156,11 @@ class Driver:
         self._counted = 0
 
     @property
-    def tokens(self) -> int:
-        """Events with text so far, those of unfinished answers included."""
-        return self._tokens + sum(len(reader.times) for reader in self._reading)
+    def counts(self) -> Counts:
+        """How it is going."""
+        tokens = self._tokens + sum(len(reader.times) for reader in self._reading)
+        first = tuple(self._first_tokens)
+        return Counts(self._sent, self._done, self._failed, tokens, first)
 
     def halt(self) -> None:
         """Send nothing more, and give up what is not answered yet."""
@@ -143,11 +170,17 @@ class Driver:
         for task in self._tasks:
             task.cancel()
 
-    async def run_open(self, schedule: Sequence[Planned]) -> Outcome:
-        """Send every request when it is due, however many are unanswered."""
+    async def run_open(self, schedule: Sequence[Planned], *, start: float | None = None) -> Outcome:
+        """Send every request when it is due, however many are unanswered.
+
+        Args:
+            schedule: What to send, in the order of its times.
+            start: When the clock of the schedule begins, as `time.perf_counter` tells it; soon
+                unless several processes begin together.
+        """
         with self._measuring():
-            start = time.perf_counter() + LEAD_S
-            self.outcome.begin = start + self.limits.warmup
+            start = time.perf_counter() + LEAD_S if start is None else start
+            self.outcome.begin = start + self._limits.warmup
             loop = asyncio.get_running_loop()
             try:
                 await asyncio.to_thread(self._keep_time, schedule, start, loop)
@@ -170,28 +203,42 @@ class Driver:
         if not self._halted.is_set():
             self._spawn(self._exchange(planned, request, due))
 
-    async def run_closed(self, requests: Iterator[Planned], concurrency: int) -> Outcome:
-        """Let a fixed number of clients each send its next request once it has its answer."""
+    async def run_closed(
+        self, requests: Iterator[Planned], concurrency: int, *, start: float | None = None
+    ) -> Outcome:
+        """Let a fixed number of clients each send its next request once it has its answer.
+
+        Args:
+            requests: What they send, without end.
+            concurrency: How many clients.
+            start: When they begin, as `time.perf_counter` tells it; at once if None.
+        """
+        composed = ((planned, self._compose(planned)) for planned in requests)
         with self._measuring():
-            start = time.perf_counter()
-            self.outcome.begin = start + self.limits.warmup
-            for _ in range(concurrency):
-                self._spawn(self._client(requests, start))
+            # All at once, and not one after the other as each is written.
+            first = list(islice(composed, concurrency))
+            start = time.perf_counter() if start is None else start
+            self.outcome.begin = start + self._limits.warmup
+            await asyncio.sleep(start - time.perf_counter())
+            now = time.perf_counter()
+            for mine in first:
+                self._spawn(self._client(chain([mine], composed), now))
             await self._gather()
         return self.outcome
 
-    async def _client(self, requests: Iterator[Planned], due: float) -> None:
-        for planned in requests:
+    async def _client(self, composed: Iterator[tuple[Planned, bytes]], due: float) -> None:
+        for planned, request in composed:
             if self._is_over(due):
                 return
-            request = self._compose(planned)
             record, due = await self._exchange(planned, request, due)
             if record.failure is not None:
                 await asyncio.sleep(record.failure.retry_after or FAILURE_PAUSE_S)
                 due = time.perf_counter()
 
     def _is_over(self, due: float) -> bool:
-        limits = self.limits
+        limits = self._limits
+        if self._halted.is_set():
+            return True
         if limits.duration is not None and due >= self.outcome.begin + limits.duration:
             return True
         if limits.requests is None or due < self.outcome.begin:
@@ -202,17 +249,17 @@ class Driver:
         """Send one request, again if it may; return what became of it, and when that was known."""
         record = Record(planned, due, time.perf_counter(), due >= self.outcome.begin)
         self.outcome.records.append(record)
-        self.sent += 1
+        self._sent += 1
         self._counted += record.counts
         while True:
             reader = Reader(self._dialect, keep_text=self._keep_text)
             self._reading.add(reader)
             exchange = Exchange(request, reader)
             try:
-                await exchange.run(self._pool, limit_s=self.limits.timeout)
+                await exchange.run(self._pool, limit_s=self._limits.timeout)
                 record.answer = reader.finish(record.sent)
             except LoadFailed as error:
-                if error.retry_after is not None and record.retries < self.limits.retries:
+                if error.retry_after is not None and record.retries < self._limits.retries:
                     record.retries += 1
                     await asyncio.sleep(error.retry_after)
                     continue
@@ -226,11 +273,11 @@ class Driver:
 
     def _note(self, record: Record) -> None:
         if record.answer is None:
-            self.failed += 1
+            self._failed += 1
             return
-        self.done += 1
+        self._done += 1
         if record.answer.times:
-            self.first_tokens.append(record.answer.first_token_s)
+            self._first_tokens.append(record.answer.first_token_s)
 
     def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.ensure_future(work)
@@ -253,20 +300,21 @@ class Driver:
     def _measuring(self) -> Iterator[None]:
         """Note times; meanwhile no collection of garbage may come between a byte and its clock."""
         outcome = self.outcome
-        started, cpu = time.perf_counter(), time.process_time()
         gc.collect()
         gc.disable()
+        cpu = time.process_time()
         try:
             yield
         finally:
             gc.enable()
             self._pool.close()
-            outcome.seconds = time.perf_counter() - started
-            outcome.cpu_seconds = time.process_time() - cpu
+            start = outcome.begin - self._limits.warmup
+            seconds = max(time.perf_counter() - start, LEAD_S)
+            outcome.cpu_shares = ((time.process_time() - cpu) / seconds,)
             outcome.end_of_sending = self._end_of_sending()
 
     def _end_of_sending(self) -> float:
-        outcome, limits = self.outcome, self.limits
+        outcome, limits = self.outcome, self._limits
         ends = [outcome.end_of_sending] if outcome.interrupted else []
         if limits.duration is not None:
             ends.append(outcome.begin + limits.duration)

@@ -23,15 +23,14 @@ class Exchange:
     Attributes:
         sent: When the client began to send, or to connect if no connection was free, in seconds.
         connecting_s: How long connecting took; None if a connection was free.
-        arrivals: What came and was not read yet; all of it without a reader.
         last: When something came last.
     """
 
-    def __init__(self, request: bytes, reader: Reader | None) -> None:
+    def __init__(self, request: bytes, reader: Reader) -> None:
         self.sent = time.perf_counter()
         self.connecting_s: float | None = None
-        self.arrivals: list[Arrival] = []
         self.last = self.sent
+        self._arrivals: list[Arrival] = []
         self._request = request
         self._reader = reader
         self._loop = asyncio.get_running_loop()
@@ -39,8 +38,6 @@ class Exchange:
 
     async def run(self, pool: Pool, *, limit_s: float) -> None:
         """Send the request and wait for the end of the answer.
-
-        Without a reader the end is where the server closes the connection.
 
         Raises:
             LoadFailed: No connection, no end within `limit_s`, or nothing that the reader takes.
@@ -71,7 +68,7 @@ class Exchange:
             connection.send(self._request, self)
             await self._over
         finally:
-            if self._reader is not None and self._reader.reusable:
+            if self._reader.reusable:
                 pool.give_back(connection)
             else:
                 connection.abort()
@@ -79,21 +76,20 @@ class Exchange:
     def take(self, data: bytes) -> None:
         """Note what came when; it is parsed after the other sockets of this turn were read."""
         self.last = time.perf_counter()
-        if not self.arrivals and self._reader is not None:
+        if not self._arrivals:
             self._loop.call_soon(self._read)
-        self.arrivals.append((self.last, data))
+        self._arrivals.append((self.last, data))
 
     def lose(self) -> None:
         """Wake who waits; a connection that broke shows as an answer cut short."""
-        if self._reader is not None and self.last > self.sent:
-            self.arrivals.append((time.perf_counter(), b""))
+        if self.last > self.sent:
+            self._arrivals.append((time.perf_counter(), b""))
             self._read()
         if not self._over.done():
             self._over.set_result(None)
 
     def _read(self) -> None:
-        assert self._reader is not None
-        arrivals, self.arrivals = self.arrivals, []
+        arrivals, self._arrivals = self._arrivals, []
         if self._over.done():
             return
         try:
@@ -191,7 +187,7 @@ class Pool:
             Connection,
             server.address,
             server.port,
-            ssl=server.tls,
+            ssl=server.context,
             server_hostname=server.name if server.tls else None,
         )
         self.opened += 1

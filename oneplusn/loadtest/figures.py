@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from oneplusn.loadtest.churn import Churn, Swap
 from oneplusn.loadtest.drive import Outcome, Record
+from oneplusn.loadtest.slo import Slo, judge
 from oneplusn.loadtest.stats import PERCENTILE_RULE, most_at_once, most_per_second, spread
 from oneplusn.loadtest.stream import Answer, LoadFailed
 
 EXAMPLES = 3
-LATE_SHARE = 0.1
-BUSY_SHARE = 0.5
-JOINED = 1.05
-"""Tokens per event from which on a gap between events is not one between tokens."""
 MS = 1e3
+
+
+def _tpot(answer: Answer) -> list[float]:
+    if not answer.times or answer.tokens < 2:
+        return []
+    return [(answer.ended - answer.times[0]) / (answer.tokens - 1) * MS]
+
+
+TIMES: Mapping[str, Callable[[Answer], list[float]]] = {
+    "ttft": lambda answer: [answer.first_token_s * MS] if answer.times else [],
+    "tpot": _tpot,
+    "itl": lambda answer: [gap * MS for gap in answer.gaps_s],
+    "e2el": lambda answer: [(answer.ended - answer.sent) * MS],
+}
+"""What is timed of an answer, in ms.
+
+`ttft` goes from sending to the first text, `itl` from one event with text to the next, `e2el` from
+sending to the end of the stream; `tpot` spreads the time after the first text over the tokens after
+the first.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +52,43 @@ def answered(records: Iterable[Record]) -> list[Answered]:
     return [Answered(record, record.answer) for record in records if record.answer is not None]
 
 
-def figures(outcome: Outcome) -> dict[str, Any]:
+def figures(outcome: Outcome, slo: Slo | None = None) -> dict[str, Any]:
     """Return everything about the load as a whole."""
+    judged = None if slo is None else judge(slo, outcome.counted, _seconds(outcome))
+    return {
+        **_totals(outcome),
+        "request_goodput": judged and judged["requests_per_s"],
+        "slo": judged,
+        **latencies([item.answer for item in answered(outcome.counted)]),
+        **spread("dispatch_delay_ms", [(r.sent - r.due) * MS for r in outcome.counted]),
+        **spread("connect_ms", [r.connecting_s * MS for r in outcome.counted if r.connecting_s]),
+        "client_processes": len(outcome.cpu_shares),
+        "client_cpu_share": max(outcome.cpu_shares, default=None),
+        "client_cpu_shares": outcome.cpu_shares,
+        "interrupted": outcome.interrupted,
+    }
+
+
+def _seconds(outcome: Outcome) -> float:
+    """Return the time from the first request that counts to the last answer, never 0."""
+    counted = outcome.counted
+    start = min((record.sent for record in counted), default=outcome.begin)
+    end = max((item.answer.ended for item in answered(counted)), default=start)
+    return max(end - start, 1e-9)
+
+
+def _totals(outcome: Outcome) -> dict[str, Any]:
     counted = outcome.counted
     done = answered(counted)
     answers = [item.answer for item in done]
+    seconds = _seconds(outcome)
     start = min((record.sent for record in counted), default=outcome.begin)
-    end = max((answer.ended for answer in answers), default=start)
-    seconds = max(end - start, 1e-9)
     inputs, outputs = sum(_inputs(item) for item in done), sum(item.tokens for item in answers)
     failed = [record for record in counted if record.failure is not None]
     times = sorted(when for answer in answers for when in answer.times)
     return {
-        "duration": end - start,
+        "duration": seconds,
+        "sending_seconds": outcome.end_of_sending - outcome.begin,
         "completed": len(done),
         "failed": len(failed),
         "aborted": len(counted) - len(done) - len(failed),
@@ -60,7 +101,6 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "total_output_tokens": outputs,
         "cached_input_tokens": sum(answer.cached_tokens for answer in answers),
         "request_throughput": len(done) / seconds,
-        "request_goodput": None,
         "output_throughput": outputs / seconds,
         "total_token_throughput": (inputs + outputs) / seconds,
         "output_throughput_while_sending": _rate_while_sending(outcome),
@@ -69,45 +109,27 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "tokens_per_event": outputs / len(times) if times else None,
         "tokens_counted_by": "server" if all(a.counted for a in answers) else "events",
         "percentile_rule": PERCENTILE_RULE,
-        **latencies(answers),
-        **spread("dispatch_delay_ms", [(r.sent - r.due) * MS for r in counted]),
-        **spread("connect_ms", [r.connecting_s * MS for r in counted if r.connecting_s]),
-        "client_cpu_share": outcome.cpu_seconds / outcome.seconds if outcome.seconds else None,
-        "interrupted": outcome.interrupted,
     }
 
 
 def latencies(answers: Sequence[Answer]) -> dict[str, float | None]:
-    """Return the times that requests took.
-
-    `ttft` goes from sending to the first text, `itl` from one event with text to the next, `e2el`
-    from sending to the end of the stream; `tpot` spreads the time after the first text over the
-    tokens after the first.
-    """
-    with_text = [answer for answer in answers if answer.times]
-    tpot = [
-        (answer.ended - answer.times[0]) / (answer.tokens - 1) * MS
-        for answer in with_text
-        if answer.tokens > 1
-    ]
-    return {
-        **spread("ttft_ms", [answer.first_token_s * MS for answer in with_text]),
-        **spread("tpot_ms", tpot),
-        **spread("itl_ms", [gap * MS for answer in with_text for gap in answer.gaps_s]),
-        **spread("e2el_ms", [(answer.ended - answer.sent) * MS for answer in answers]),
-    }
+    """Return the times that requests took, each described by its spread."""
+    found = dict[str, float | None]()
+    for name, take in TIMES.items():
+        found |= spread(f"{name}_ms", [time for answer in answers for time in take(answer)])
+    return found
 
 
-def by_task(outcome: Outcome) -> dict[str, dict[str, Any]]:
+def by_task(outcome: Outcome, slo: Slo | None = None) -> dict[str, dict[str, Any]]:
     """Return the figures of every task, the most asked one first."""
     groups = dict[str, list[Record]]()
     for record in outcome.counted:
         groups.setdefault(record.planned.task, []).append(record)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return {task: _task(records) for task, records in ordered}
+    return {task: _task(records, slo) for task, records in ordered}
 
 
-def _task(records: Sequence[Record]) -> dict[str, Any]:
+def _task(records: Sequence[Record], slo: Slo | None) -> dict[str, Any]:
     answers = [item.answer for item in answered(records)]
     versions = Counter(label for answer in answers for label in answer.versions)
     return {
@@ -117,6 +139,7 @@ def _task(records: Sequence[Record]) -> dict[str, Any]:
         "total_output_tokens": sum(answer.tokens for answer in answers),
         "cached_input_tokens": sum(answer.cached_tokens for answer in answers),
         "versions": dict(sorted(versions.items())),
+        "slo_share": None if slo is None else judge(slo, records, 1.0)["share"],
         **latencies(answers),
     }
 
@@ -177,35 +200,6 @@ def split_gaps(
             touched = index < len(spans) and spans[index][0] < end
             (during if touched else between).append(end - start)
     return during, between
-
-
-def warnings(found: dict[str, Any]) -> list[str]:
-    """Return what a reader has to know before believing the figures."""
-    lines = list[str]()
-    late, gap = found["p99_dispatch_delay_ms"], found["median_itl_ms"]
-    if late is not None and gap is not None and late > LATE_SHARE * gap:
-        lines.append(
-            f"the client sent late: the dispatch delay's p99 of {late:.2f} ms is more than "
-            f"{LATE_SHARE:.0%} of the median inter-token time of {gap:.2f} ms; its machine is too "
-            "busy for this load, and the server may be better than these figures"
-        )
-    if (busy := found["client_cpu_share"]) is not None and busy > BUSY_SHARE:
-        lines.append(
-            f"the client took {busy:.2f} of a core, and may have read late what had arrived; "
-            "share the load among several clients"
-        )
-    joined = found["tokens_per_event"]
-    if joined is not None and joined > JOINED:
-        lines.append(
-            f"the server sends {joined:.2f} tokens an event: inter-token times are those between "
-            "events; TPOT is by tokens"
-        )
-    if found["tokens_counted_by"] == "events":
-        lines.append("the server tells no token counts: events with text are counted instead")
-    if found["cached_input_tokens"]:
-        share = found["cached_input_tokens"] / max(found["total_input_tokens"], 1)
-        lines.append(f"{share:.1%} of the input tokens came from the server's prefix cache")
-    return lines
 
 
 def _inputs(item: Answered) -> int:

@@ -31,11 +31,6 @@ PAGING = 4
 TABLES = 64 << 20
 """Bytes of adapter memory beside the pages."""
 
-# What the cases of all servers and libraries are called, so that they can be compared.
-BASE = "bare base"
-ONE_LORA = "one LoRA"
-MIXED = "{} different LoRAs"
-
 
 @contextmanager
 def kept(cache: Path | None) -> Iterator[Path]:
@@ -78,6 +73,11 @@ class Shape:
             "mlp.up_proj": (self.hidden, self.ffn),
             "mlp.down_proj": (self.ffn, self.hidden),
         }
+
+    @property
+    def cache_bytes(self) -> int:
+        """What one token's keys and values weigh in 16 bits."""
+        return 2 * 2 * self.layers * self.linears["self_attn.k_proj"][1]
 
     def modules(self) -> Iterator[tuple[str, int, int]]:
         """Yield path, inputs and outputs of every adapted linear."""

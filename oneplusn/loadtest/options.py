@@ -3,47 +3,104 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
+from oneplusn.loadtest.checks import DEFAULT_DURATION_S, KEY_VARIABLE
 from oneplusn.loadtest.dialects import DIALECTS
+from oneplusn.loadtest.examples import (
+    ABOUT,
+    COMPARE_EXAMPLES,
+    EXAMPLES,
+    LOAD_EXAMPLES,
+    SWEEP_EXAMPLES,
+)
 from oneplusn.loadtest.fixtures import SHAPES
+from oneplusn.loadtest.slo import FORM, TIMES, Bound, Slo
+from oneplusn.loadtest.values import (
+    SWEPT,
+    above_0,
+    an_object,
+    at_least_0,
+    churn_adapter,
+    names,
+    read,
+    share,
+    swept,
+    whole,
+    whole_or_0,
+)
 from oneplusn.loadtest.workload import LENGTHS, POPULARITIES, Length, Popularity
 
-KEY_VARIABLE = "ONEPLUSN_API_KEY"
-DEFAULT_DURATION_S = 30.0
 DEFAULT_TIMEOUT_S = 600.0
 
-EXAMPLES = """\
-examples:
-  oneplusn loadtest http://127.0.0.1:8000 --concurrency 16 --duration 30
-      sixteen clients, each sending its next request once it has its answer
-  oneplusn loadtest http://127.0.0.1:8000 --rate 5 --popularity zipf:1.1 --out results
-      five requests a second on average, some tasks more often than others, report in a folder
-  oneplusn loadtest http://127.0.0.1:8000 --concurrency 8 \\
-      --churn 0.5 --churn-adapter letters=./letters-1,./letters-2
-      replace an adapter every two seconds meanwhile
 
-exit status: 0; 1 if requests failed; 2 if nothing could be sent; 130 if it was interrupted
-"""
+class _Verbs(argparse._SubParsersAction):  # type: ignore[type-arg]  # generic in stubs only
+    """Takes an address where a verb is expected for `load ADDRESS`."""
 
-T = TypeVar("T")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - argparse's own
+        super().__init__(*args, **kwargs)
+        self.choices = None  # type: ignore[assignment]  # an address is none of the verbs
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse the rest as the verb's options."""
+        assert values
+        words = list(values)
+        if ":" in words[0]:
+            words.insert(0, "load")
+        elif words[0] not in self._name_parser_map:
+            verbs = ", ".join(self._name_parser_map)
+            parser.error(
+                f"{words[0]!r} is neither an address nor one of {verbs}; "
+                "begin with one, as in http://127.0.0.1:8000 --rate 5"
+            )
+        super().__call__(parser, namespace, words, option_string)
 
 
-class Mistake(Exception):
-    """Options that do not go together."""
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare all options."""
-    parser.add_argument("url", help="The server, for example http://127.0.0.1:8000.")
-    _declare_load(parser)
-    _declare_requests(parser)
-    _declare_churn(parser)
-    _declare_rest(parser)
+    """Declare every verb with its options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = ABOUT, EXAMPLES
+    verbs = parser.add_subparsers(
+        title="verbs", dest="verb", required=True, metavar="URL | VERB", action=_Verbs
+    )
+    load = _verb(verbs, "load", "send one load", LOAD_EXAMPLES)
+    load.prog = parser.prog
+    _declare_load(load)
+    _declare_churn(load)
+    load.set_defaults(over=None)
+    sweep = _verb(verbs, "sweep", "send a load for each of several values", SWEEP_EXAMPLES)
+    sweep.add_argument(
+        "--over",
+        type=swept,
+        required=True,
+        metavar="NAME=V1,V2,...",
+        help=f"What varies, and its values: {', '.join(SWEPT)}.",
+    )
+    _declare_load(sweep)
+    sweep.set_defaults(churn=None, churn_adapter=None)
+    _declare_compare(_verb(verbs, "compare", "say what differs between reports", COMPARE_EXAMPLES))
+
+
+def _verb(verbs: Verbs, name: str, about: str, examples: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def benchmark(name: str, about: str, *, tokens: int, quick: str) -> argparse.ArgumentParser:
@@ -67,52 +124,62 @@ def benchmark(name: str, about: str, *, tokens: int, quick: str) -> argparse.Arg
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Fill in what follows from other options.
-
-    Raises:
-        Mistake: Options do not go together.
-    """
-    if args.duration is None and args.num_requests is None:
-        args.duration = DEFAULT_DURATION_S
-    if (args.churn is None) != (args.churn_adapter is None):
-        raise Mistake("--churn and --churn-adapter need each other")
-    # What OpenAI's clients call the base address ends where our routes begin.
-    args.url = args.url.rstrip("/").removesuffix("/v1")
-    if args.api_key is None:
-        args.api_key = os.environ.get(KEY_VARIABLE) or None
-
-
 def _declare_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", metavar="URL", help="The server, as http://127.0.0.1:8000.")
+    _declare_amount(parser)
+    _declare_requests(parser)
+    _declare_judgement(parser)
+    _declare_rest(parser)
+
+
+def _declare_amount(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how much")
-    loop = group.add_mutually_exclusive_group(required=True)
-    loop.add_argument(
+    add = group.add_argument
+    add(
         "--rate",
-        type=_above_0(float),
+        type=above_0,
         metavar="R",
-        help="Requests per second, sent when they are due: Poisson arrivals (open loop).",
+        help="Requests per second, sent when they are due however many are unanswered (open loop).",
     )
-    loop.add_argument(
+    add(
         "--concurrency",
-        type=_above_0(int),
+        type=whole,
         metavar="N",
         help="Clients that send the next request once they have their answer (closed loop).",
     )
-    group.add_argument(
+    add(
+        "--burstiness",
+        type=above_0,
+        metavar="B",
+        help="Shape of the gamma distribution of gaps between arrivals: 1 is a Poisson process, "
+        "less comes in bursts, more evenly. Default: 1.",
+    )
+    add(
+        "--ramp-to",
+        type=above_0,
+        metavar="R",
+        help="Let the rate grow or fall evenly to this one until the end of --duration.",
+    )
+    add(
         "--duration",
-        type=_above_0(float),
+        type=above_0,
         metavar="S",
         help=f"Seconds of sending. Default: {DEFAULT_DURATION_S:g}, without --num-requests.",
     )
-    group.add_argument(
-        "--num-requests", type=_above_0(int), metavar="N", help="Requests after which it ends."
-    )
-    group.add_argument(
+    add("--num-requests", type=whole, metavar="N", help="Requests after which it ends.")
+    add(
         "--warmup",
-        type=_seconds,
+        type=at_least_0,
         default=0.0,
         metavar="S",
         help="Seconds of the same load before anything counts. Default: 0.",
+    )
+    add(
+        "--processes",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="Client processes among which the load is shared. Default: 1.",
     )
 
 
@@ -122,13 +189,13 @@ def _declare_requests(parser: argparse.ArgumentParser) -> None:
     add(
         "--tasks",
         "--model",
-        type=_names,
+        type=names,
         metavar="NAME,...",
         help="Tasks, adapters or models to ask. Default: what /v1/models lists.",
     )
     add(
         "--popularity",
-        type=_read(Popularity.parse),
+        type=read(Popularity.parse),
         default=Popularity("uniform"),
         metavar="KIND",
         help=f"How often each is asked: {', '.join(POPULARITIES)}. Default: uniform.",
@@ -142,31 +209,48 @@ def _declare_requests(parser: argparse.ArgumentParser) -> None:
     for name, default in (("input", "128"), ("output", "64")):
         add(
             f"--{name}-tokens",
-            type=_read(Length.parse),
+            type=read(Length.parse),
             default=Length.parse(default),
             metavar="LENGTH",
             help=f"{', '.join(LENGTHS)}. Default: {default}.",
         )
     add(
         "--prompts",
+        "--trace",
         type=Path,
         metavar="FILE",
-        help="JSON lines with prompt or messages, and optionally task and output_tokens.",
+        help="JSON lines, each with prompt, messages or input_tokens, and optionally output_tokens "
+        "and task.",
     )
-    add("--extra-body", type=_object, default={}, metavar="JSON", help="Added to every request.")
+    add("--extra-body", type=an_object, default={}, metavar="JSON", help="Added to every request.")
     add("--seed", type=int, default=0, help="Of times, tasks, lengths and texts. Default: 0.")
 
 
 def _declare_churn(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapters that change meanwhile")
-    group.add_argument(
-        "--churn", type=_above_0(float), metavar="SWAPS_PER_S", help="Uploads per second."
-    )
+    group.add_argument("--churn", type=above_0, metavar="SWAPS_PER_S", help="Uploads per second.")
     group.add_argument(
         "--churn-adapter",
-        type=_read(_churn_adapter),
+        type=churn_adapter,
         metavar="NAME=DIR_A,DIR_B",
         help="The adapter, and its two versions that replace each other.",
+    )
+
+
+def _declare_judgement(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is good enough")
+    group.add_argument(
+        "--slo",
+        type=read(Slo.parse),
+        metavar="LIMITS",
+        help=f"Most time of each of {', '.join(TIMES)}, as {FORM}; itl is the longest wait between "
+        "two tokens of an answer, tpot the mean.",
+    )
+    group.add_argument(
+        "--min-goodput",
+        type=read(Bound.parse),
+        metavar="BOUND",
+        help="Exit status 3 if fewer requests meet --slo: 95%%, or 4/s.",
     )
 
 
@@ -179,75 +263,37 @@ def _declare_rest(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--timeout",
-        type=_above_0(float),
+        type=above_0,
         default=DEFAULT_TIMEOUT_S,
         metavar="S",
         help=f"Seconds that an answer may take. Default: {DEFAULT_TIMEOUT_S:g}.",
     )
     add(
         "--retries",
-        type=int,
+        type=whole_or_0,
         default=0,
         metavar="N",
         help="Send again after Retry-After, up to N times; the time goes on. Default: 0.",
     )
-    add("--out", type=Path, metavar="DIR", help="Write report.json, report.md, requests.jsonl.")
+    add("--out", type=Path, metavar="DIR", help="Write the report as JSON, Markdown and HTML.")
     add("--quiet", action="store_true", help="Show no progress.")
 
 
-def _read(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Let argparse show what a parser has to say."""
-
-    def convert(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _above_0(kind: Callable[[str], T]) -> Callable[[str], T]:
-    def convert(text: str) -> T:
-        value = kind(text)
-        if not 0 < value < float("inf"):  # type: ignore[operator]  # int or float
-            msg = f"{text} is not above 0"
-            raise argparse.ArgumentTypeError(msg)
-        return value
-
-    convert.__name__ = getattr(kind, "__name__", "number")
-    return convert
-
-
-def _seconds(text: str) -> float:
-    return 0.0 if float(text) == 0 else _above_0(float)(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(filter(None, text.split(",")))
-    if not names:
-        raise argparse.ArgumentTypeError("it names nothing")
-    return names
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        msg = f"{text} is no JSON object"
-        raise argparse.ArgumentTypeError(msg)
-    return content
-
-
-def _churn_adapter(text: str) -> tuple[str, tuple[Path, ...]]:
-    name, _, folders = text.partition("=")
-    paths = tuple(Path(folder) for folder in folders.split(",") if folder)
-    if not name or len(paths) != 2:
-        msg = f"{text!r} is not NAME=DIR_A,DIR_B"
-        raise ValueError(msg)
-    if missing := [path for path in paths if not path.is_dir()]:
-        msg = f"{missing[0]} is no folder"
-        raise ValueError(msg)
-    return name, paths
+def _declare_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "reports",
+        type=Path,
+        nargs="+",
+        metavar="REPORT",
+        help="Folders that --out wrote, or the report.json in them; the first is compared with.",
+    )
+    add(
+        "--least",
+        type=share,
+        default=0.02,
+        metavar="SHARE",
+        help="A difference that may be less than this is called none: 2%% or 0.02. Default: 2%%.",
+    )
+    add("--force", action="store_true", help="Compare although different loads were sent.")
+    add("--out", type=Path, metavar="DIR", help="Write the comparison as JSON, Markdown and HTML.")

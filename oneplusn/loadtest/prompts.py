@@ -1,4 +1,7 @@
-"""Texts of requests: words whose number of tokens is known, or the lines of a file."""
+"""Texts of requests: words whose number of tokens is known, or the lines of a file.
+
+A line of a file brings a text, a chat, or only a length: a trace of lengths is one without texts.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from oneplusn.loadtest.dialects import Prompt
+from oneplusn.loadtest.mistake import Mistake
 
 POOL_WORDS = 16_384
 HEAD_WORDS = 4
@@ -30,17 +33,32 @@ Count = Callable[[str], int]
 """Tokens of a text, as the server counts them."""
 
 
-class PromptFileWrong(Exception):
-    """A file of prompts cannot be read."""
-
-
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of a file of prompts; what it does not say is drawn."""
 
-    prompt: Prompt
+    prompt: str | tuple[dict[str, Any], ...] | None = None
     task: str | None = None
     output_tokens: int | None = None
+    input_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What each word costs after another one, and what a text costs beyond its words."""
+
+    costs: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(VOCABULARY, 1))
+    overhead: int = 0
+
+    @classmethod
+    def counted(cls, count: Count) -> Vocabulary:
+        """Find out what the words cost by asking the server."""
+        # A word costs what it adds to a text: alone it would bring special tokens, and no space.
+        first = VOCABULARY[0]
+        alone = count(first)
+        costs = {word: count(f"{first} {word}") - alone for word in VOCABULARY}
+        overhead = max(alone - costs[first], 0)
+        return cls({word: max(cost, 1) for word, cost in costs.items()}, overhead)
 
 
 class Words:
@@ -75,44 +93,26 @@ class Words:
         return " ".join(words) or self._names[0]
 
 
-def known_words(count: Count | None, rng: random.Random) -> Words:
-    """Find out what the words cost by asking the server; without an answer each counts as one.
-
-    Args:
-        count: The server's own count; None if it has none.
-        rng: Draws the order of the words.
-    """
-    if count is None:
-        return Words(dict.fromkeys(VOCABULARY, 1), 0, rng)
-    # A word costs what it adds to a text: alone it would bring special tokens, and no space.
-    first = VOCABULARY[0]
-    alone = count(first)
-    costs = {word: count(f"{first} {word}") - alone for word in VOCABULARY}
-    return Words(
-        {word: max(cost, 1) for word, cost in costs.items()}, max(alone - costs[first], 0), rng
-    )
-
-
 def read_lines(path: Path, *, chat: bool) -> Sequence[Line]:
-    """Read a file of JSON lines: `prompt` or `messages`, and if wanted `task`, `output_tokens`.
+    """Read JSON lines: `prompt`, `messages` or `input_tokens`; if wanted `task`, `output_tokens`.
 
     Raises:
-        PromptFileWrong: A line is none; the message has its number.
+        Mistake: A line is none; the message has its number.
     """
     lines = list[Line]()
     try:
         content = path.read_bytes().splitlines()
     except OSError as error:
-        raise PromptFileWrong(f"{path} cannot be read: {error.strerror}") from None
+        raise Mistake(f"{path} cannot be read: {error.strerror}") from None
     for number, raw in enumerate(content, 1):
         if not raw.strip():
             continue
         try:
             lines.append(_line(raw, chat=chat))
         except ValueError as error:
-            raise PromptFileWrong(f"{path}, line {number}: {error}") from None
+            raise Mistake(f"{path}, line {number}: {error}") from None
     if not lines:
-        raise PromptFileWrong(f"{path} has no line")
+        raise Mistake(f"{path} has no line")
     return lines
 
 
@@ -121,13 +121,17 @@ class _Row(msgspec.Struct, frozen=True):
     messages: list[dict[str, Any]] | None = None
     task: str | None = None
     output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    input_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 def _line(raw: bytes, *, chat: bool) -> Line:
     row = msgspec.json.decode(raw, type=_Row)
     if row.messages and not chat:
         raise ValueError("messages are for --endpoint chat")
+    brought = [what for what in (row.prompt, row.messages, row.input_tokens) if what]
+    if len(brought) != 1:
+        raise ValueError(
+            "it needs one of prompt (a text), messages (a list) and input_tokens (1 or more)"
+        )
     prompt = tuple(row.messages) if row.messages else row.prompt
-    if not prompt:
-        raise ValueError("it needs a text called prompt, or a list called messages")
-    return Line(prompt, row.task, row.output_tokens)
+    return Line(prompt, row.task, row.output_tokens, row.input_tokens)

@@ -1,89 +1,19 @@
-"""Show what a benchmark measured: one table of cases, ratios, where a step's time goes."""
+"""Show what the benchmark measured: cases, ratios, servers, and where a step's time goes."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from oneplusn.loadtest.client import Summary
-from oneplusn.loadtest.fixtures import BASE, MIXED
+from oneplusn.loadtest.bench_cases import CASES
+from oneplusn.loadtest.bench_floors import Verdict, own_memory, verdicts
+from oneplusn.loadtest.bench_results import Results
 
 PACKAGES = ("oneplusn", "torch", "transformers", "peft")
-MIXED_TARGET = 3.0
-BASE_TARGET = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What the server did under one load; `step_ms` is the mean over all steps, by its metrics."""
-
-    name: str
-    summary: Summary
-    step_ms: float
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        rate = {"tokens_per_s": self.summary.tokens_per_s}
-        return {"name": self.name, **rate, **asdict(self.summary), "step_ms": self.step_ms}
-
-
-@dataclass(slots=True)
-class Report:
-    """One run of the benchmark.
-
-    Attributes:
-        setting: What was asked for, by name.
-        machine: Where, and with which versions.
-        cases: Our server's, in the order measured.
-        peers: The figures of each peer's cases.
-        shares: Case -> part of a step -> milliseconds.
-    """
-
-    setting: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    cases: list[Case] = field(default_factory=list)
-    peers: list[Mapping[str, Any]] = field(default_factory=list)
-    shares: dict[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def ratios(self) -> list[tuple[str, float, float | None]]:
-        """What is compared, our figure over the peer's, and the target if there is one."""
-        rates = {case.name: case.summary for case in self.cases}
-        peers = {peer["name"]: peer for peer in self.peers}
-        mixed = MIXED.format(self.setting["requests"])
-        pairs = [
-            (mixed, f"PEFT, {mixed}", MIXED_TARGET),
-            (BASE, f"transformers, {BASE}", BASE_TARGET),
-        ]
-        rows = list[tuple[str, float, float | None]]()
-        for ours, theirs, target in pairs:
-            if ours in rates and theirs in peers:
-                mine, peer = rates[ours], peers[theirs]
-                whole = mine.tokens_per_s / peer["tokens_per_s"]
-                decode = mine.decode_tokens_per_s / peer["decode_tokens_per_s"]
-                rows += [(f"{theirs}, whole run", whole, target)]
-                rows += [(f"{theirs}, decode only", decode, None)]
-        return rows
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything that was measured."""
-        return {
-            "setting": self.setting,
-            "machine": self.machine,
-            "cases": [case.figures for case in self.cases],
-            "peers": self.peers,
-            "ratios": [
-                {"against": name, "ratio": ratio, "target": target}
-                for name, ratio, target in self.ratios
-            ],
-            "shares_ms": self.shares,
-        }
 
 
 def machine() -> dict[str, Any]:
@@ -110,72 +40,102 @@ def cpu_model(cpuinfo: Path) -> str:
     return f"{name} ({'; '.join(filter(None, [family, ' '.join(known) or 'no bf16']))})"
 
 
-def render(report: Report) -> str:
+def render(results: Results) -> str:
     """Return the whole report as Markdown."""
-    setting, where = report.setting, report.machine
+    setting, where = results.setting, results.machine
     versions = ", ".join(f"{name} {where[name]}" for name in ("python", *PACKAGES))
-    head = [
+    parts = [
         f"{where['cpu']}, {where['cores']} cores; load average before the run: "
         f"{where['load_before']}. {versions}.",
-        f"Model {setting['model']}; {setting['requests']} requests at once, "
-        f"{setting['prompt']} prompt and {setting['output']} output tokens, greedy, bf16. "
-        f"Threads: server {setting['threads']} for arithmetic, and its event loop; client 1, in a "
-        f"process of its own; peers {setting['threads']}, in process, without HTTP. "
-        f"Runs per row after a warm-up: {setting['repeats']}, the median by tokens/s is shown.",
+        f"Closed loop of {setting['streams']} streams, {setting['rounds']} requests each, "
+        f"{setting['prompt']} prompt and {setting['output']} output tokens, greedy, end of text "
+        f"ignored, bf16. Threads: servers {setting['threads']} for arithmetic, and those of their "
+        f"HTTP; client 1, in a process of its own; static batches {setting['threads']}, in "
+        f"process, without HTTP. Up to {setting['repeats']} runs a row after a warm-up, the "
+        "median by tokens/s is shown.",
     ]
-    parts = ["\n\n".join(head), _case_table(report)]
-    if report.ratios:
-        parts.append(_ratio_table(report))
-    if report.shares:
-        parts.append(_share_table(report))
+    for model in dict.fromkeys((*results.rows, *results.missing)):
+        parts += [f"## {model}", *_of_model(results, model)]
+    if found := verdicts(results):
+        parts += ["## Floors", _verdict_table(found)]
     return "\n\n".join(parts)
 
 
-def _case_table(report: Report) -> str:
-    head = ["", "tokens/s", "decode only", "TTFT p50 / p99", "inter-token p50 / p99", "step, mean"]
-    rows = [_own_row(case) for case in report.cases]
-    rows += [
+def _of_model(results: Results, model: str) -> Iterator[str]:
+    if rows := results.rows.get(model):
+        yield f"{_case_table(rows, results.setting['titles'])}\n\nTimes in ms."
+    if servers := results.servers.get(model):
+        yield f"{_server_table(servers)}\n\nMemory in MB, of all processes of a system."
+    for system, why in results.missing.get(model, {}).items():
+        yield f"**{system}** has no figures, or not all of them:\n\n{_quoted(why)}"
+    if shares := results.shares.get(model):
+        yield _share_table(shares, results.setting["titles"])
+
+
+def _case_table(
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]], titles: Mapping[str, str]
+) -> str:
+    head = ["", "system", "tokens/s", "TTFT p50 / p99", "inter-token p50 / p99", "runs"]
+    lines = [
         [
-            str(peer["name"]),
-            f"{peer['tokens_per_s']:.1f}",
-            f"{peer['decode_tokens_per_s']:.1f}",
-            f"{peer['ttft_ms']:.0f}",
-            "",
-            f"{peer['step_ms']:.1f} (decode)",
+            titles[case],
+            system,
+            f"{row['output_throughput']:.1f}",
+            f"{row['p50_ttft_ms']:.0f} / {row['p99_ttft_ms']:.0f}",
+            f"{row['p50_itl_ms']:.1f} / {row['p99_itl_ms']:.1f}",
+            str(row["runs"]),
         ]
-        for peer in report.peers
+        for case in CASES
+        for system, cases in rows.items()
+        if (row := cases.get(case))
     ]
-    return f"{table(head, rows)}\n\nTimes in ms."
+    return table(head, lines)
 
 
-def _own_row(case: Case) -> list[str]:
-    found = case.summary
-    return [
-        f"oneplusn, {case.name}",
-        f"{found.tokens_per_s:.1f}",
-        f"{found.decode_tokens_per_s:.1f}",
-        f"{found.ttft_p50_ms:.0f} / {found.ttft_p99_ms:.0f}",
-        f"{found.gap_p50_ms:.1f} / {found.gap_p99_ms:.1f}",
-        f"{case.step_ms:.1f}",
-    ]
+def _server_table(servers: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["", "ready after, s", "first token after, s", "RSS", "PSS"]
+    head += ["weights", "KV", "adapters", "RSS beyond", "PSS beyond"]
+    lines = list[list[str]]()
+    for system, found in servers.items():
+        starts = [
+            f"{found[name]:.1f}" if name in found else "" for name in ("ready_s", "first_token_s")
+        ]
+        sizes = [found[name] for name in ("rss", "pss", "weights", "cache", "adapters")]
+        sizes += [own_memory(found, kind) for kind in ("rss", "pss")]
+        lines.append([system, *starts, *(f"{size / 1e6:.0f}" for size in sizes)])
+    return table(head, lines)
 
 
-def _ratio_table(report: Report) -> str:
-    rows = [
-        [name, f"{ratio:.2f}x", "" if target is None else f">= {target:g}x"]
-        for name, ratio, target in report.ratios
-    ]
-    return table(["oneplusn against", "ratio", "target"], rows)
+def _verdict_table(found: Sequence[Verdict]) -> str:
+    lines = [[v.name, v.against, _value(v), _floor(v), "" if v.is_met else "missed"] for v in found]
+    return table(["", "against", "found", "floor", ""], lines)
 
 
-def _share_table(report: Report) -> str:
-    rows = list[list[str]]()
-    for case, parts in report.shares.items():
+def _floor(verdict: Verdict) -> str:
+    if verdict.floor is None:
+        return ""
+    return f"{'<=' if verdict.most else '>='} {verdict.floor:g} {verdict.unit}"
+
+
+def _value(verdict: Verdict) -> str:
+    if verdict.value is None:
+        return "not measured"
+    shown = f"{verdict.value:.2f}" if abs(verdict.value) < 100 else f"{verdict.value:.0f}"
+    return f"{shown} {verdict.unit}"
+
+
+def _share_table(shares: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
+    lines = list[list[str]]()
+    for case, parts in shares.items():
         total = sum(parts.values())
         cells = [f"{ms:.2f} ({ms / total:.0%})" for ms in parts.values()]
-        rows.append([case, *cells, f"{total:.2f}"])
-    parts = next(iter(report.shares.values()))
-    return f"ms per decode step, and share:\n\n{table(['', *parts, 'step'], rows)}"
+        lines.append([titles[case], *cells, f"{total:.2f}"])
+    parts = next(iter(shares.values()))
+    return f"ms per decode step, and share:\n\n{table(['', *parts, 'step'], lines)}"
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

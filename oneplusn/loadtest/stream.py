@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -199,18 +199,6 @@ class Reader:
         return LoadFailed(
             msg, group=f"HTTP {status}{code}", retry_after=_seconds(self._retry_after)
         )
-
-
-def read_answer(sent: float, arrivals: Iterable[Arrival], dialect: Dialect) -> Answer:
-    """Parse the bytes that answered a request sent at `sent`.
-
-    Raises:
-        LoadFailed: The status is not 200, the stream tells of an error, or it ends early.
-    """
-    reader = Reader(dialect)
-    for when, data in arrivals:
-        reader.feed(when, data)
-    return reader.finish(sent)
 
 
 def _code(content: object) -> str:

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from urllib.parse import urlsplit
 
 from oneplusn.loadtest.stream import LoadFailed
@@ -25,7 +26,7 @@ class Server:
         name: The host as the URL names it.
         address: What it resolved to; names are not looked up while a load runs.
         path: What the URL puts before every route.
-        tls: How connections are encrypted; None if they are not.
+        tls: Connections are encrypted.
         key: Bearer key, or None.
     """
 
@@ -33,8 +34,13 @@ class Server:
     address: str
     port: int
     path: str = ""
-    tls: ssl.SSLContext | None = None
+    tls: bool = False
     key: str | None = field(default=None, repr=False)
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """Whose certificates are believed; None without encryption."""
+        return trusted() if self.tls else None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -43,11 +49,10 @@ class Server:
         host = f"[{self.name}]" if ":" in self.name else self.name
         return {"Host": f"{host}:{self.port}", **key}
 
-    def post(self, path: str, body: bytes, *, close: bool = False) -> bytes:
-        """Return a request with a JSON body as bytes; `close` makes it its connection's last."""
+    def post(self, path: str, body: bytes) -> bytes:
+        """Return a request with a JSON body as bytes."""
         headers = {
             **self.headers,
-            **({"Connection": "close"} if close else {}),
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
         }
@@ -70,9 +75,9 @@ class Server:
         """
         connection = (
             http.client.HTTPConnection(self.address, self.port, timeout=limit_s)
-            if self.tls is None
+            if self.context is None
             else http.client.HTTPSConnection(
-                self.name, self.port, timeout=limit_s, context=self.tls
+                self.name, self.port, timeout=limit_s, context=self.context
             )
         )
         try:
@@ -107,8 +112,15 @@ def reach(url: str, key: str | None = None) -> Server:
     except OSError as error:
         msg = f"the server at {url} cannot be reached: {error}"
         raise LoadFailed(msg, group=_group(error)) from None
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
-    return Server(parts.hostname, address, port, parts.path.rstrip("/"), tls, key)
+    return Server(
+        parts.hostname, address, port, parts.path.rstrip("/"), parts.scheme == "https", key
+    )
+
+
+@cache
+def trusted() -> ssl.SSLContext:
+    """Return the context of this process, with the system's certificates."""
+    return ssl.create_default_context()
 
 
 def unreachable(error: OSError) -> LoadFailed:

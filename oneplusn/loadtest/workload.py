@@ -6,17 +6,18 @@ own, so that two loads that differ in one of them are equal in the others.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, repeat, takewhile
+from typing import Any, Literal
 
-from oneplusn.loadtest.dialects import Prompt
 from oneplusn.loadtest.prompts import Line
 
 POPULARITIES = ("identical", "uniform", "distinct", "zipf:S")
-LENGTHS = ("N", "uniform:LOW-HIGH", "lognormal:MEDIAN,SIGMA,MOST")
+LENGTHS = ("N", "uniform:LOW-HIGH", "normal:MEAN,SD,MOST", "lognormal:MEDIAN,SIGMA,MOST")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Planned:
     task: str
     input_tokens: int
     output_tokens: int
-    prompt: Prompt | None = None
+    prompt: str | tuple[dict[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +45,25 @@ class Length:
     """A number of tokens, or a distribution of it.
 
     Attributes:
-        low: The smallest, or the median of a lognormal.
+        low: The smallest; the mean of a normal distribution, the median of a lognormal.
         high: The largest.
-        sigma: Standard deviation of the logarithm; None for a uniform distribution.
+        deviation: Standard deviation: of a normal distribution in tokens, of a lognormal that of
+            the logarithm.
     """
 
     low: int
     high: int
-    sigma: float | None = None
+    kind: Literal["uniform", "normal", "lognormal"] = "uniform"
+    deviation: float = 0.0
 
     def __str__(self) -> str:
-        if self.sigma is not None:
-            return f"lognormal:{self.low},{self.sigma:g},{self.high}"
+        if self.kind != "uniform":
+            return f"{self.kind}:{self.low},{self.deviation:g},{self.high}"
         return f"{self.low}" if self.low == self.high else f"uniform:{self.low}-{self.high}"
 
     @classmethod
     def parse(cls, text: str) -> Length:
-        """Read `64`, `uniform:32-128` or `lognormal:64,0.8,512`.
+        """Read `64`, `uniform:32-128`, `normal:128,32,512` or `lognormal:64,0.8,512`.
 
         Raises:
             ValueError: It is none of these, or has no value of 1 or more.
@@ -71,23 +74,27 @@ class Length:
         except (KeyError, TypeError, ValueError):
             msg = f"{text!r} is no length; give one of {', '.join(LENGTHS)}"
             raise ValueError(msg) from None
-        if not 1 <= length.low <= length.high or (length.sigma or 0) < 0:
-            msg = f"{text!r} has no length of 1 or more tokens in order"
+        if not (1 <= length.low <= length.high and 0 <= length.deviation < math.inf):
+            msg = f"{text!r} has no length of 1 or more tokens in order; give one as in uniform:1-9"
             raise ValueError(msg)
         return length
 
     def draw(self, rng: random.Random) -> int:
-        """Return one length."""
-        if self.sigma is None:
+        """Return one length; what a bell draws beyond 1 and the largest is put there."""
+        if self.kind == "uniform":
             return rng.randint(self.low, self.high)
-        drawn = round(self.low * rng.lognormvariate(0.0, self.sigma))
+        if self.kind == "normal":
+            drawn = round(rng.gauss(self.low, self.deviation))
+        else:
+            drawn = round(self.low * rng.lognormvariate(0.0, self.deviation))
         return min(max(drawn, 1), self.high)
 
 
 _LENGTHS: dict[str, Callable[..., Length]] = {
     "": lambda count: Length(int(count), int(count)),
     "uniform": lambda low, high: Length(int(low), int(high)),
-    "lognormal": lambda median, sigma, most: Length(int(median), int(most), float(sigma)),
+    "normal": lambda mean, sd, most: Length(int(mean), int(most), "normal", float(sd)),
+    "lognormal": lambda mid, sd, most: Length(int(mid), int(most), "lognormal", float(sd)),
 }
 
 
@@ -144,6 +151,10 @@ class Workload:
     Attributes:
         rate: Requests per second of an open loop; None for a closed one.
         lines: Prompts from a file, drawn one after the other in an order of the seed's.
+        burstiness: Shape of the gamma distribution of the gaps between arrivals: 1 for a Poisson
+            process, less for bursts, more for an even flow. Their coefficient of variation is
+            burstiness ** -0.5.
+        ramp_to: What the rate has grown or fallen to at the end; None if it stays.
     """
 
     tasks: tuple[str, ...]
@@ -153,20 +164,12 @@ class Workload:
     rate: float | None
     seed: int
     lines: tuple[Line, ...] = ()
+    burstiness: float = 1.0
+    ramp_to: float | None = None
 
     def requests(self) -> Iterator[Planned]:
-        """Yield requests without end."""
-        popular = self.popularity.draws(self.tasks, self.generator("tasks"))
-        lengths = self.generator("lengths")
-        lines = cycle(self.generator("lines").sample(self.lines, len(self.lines)) or [None])
-        drawn = zip(self._times(), popular, lines, strict=False)
-        for index, (at, task, line) in enumerate(drawn):
-            inputs, outputs = self.input_tokens.draw(lengths), self.output_tokens.draw(lengths)
-            if line is None:
-                yield Planned(index, at, task, inputs, outputs)
-            else:
-                outputs = line.output_tokens or outputs
-                yield Planned(index, at, line.task or task, 0, outputs, line.prompt)
+        """Yield the requests of a closed loop, without end."""
+        return self._requests(repeat(0.0))
 
     def schedule(
         self, *, duration: float | None, requests: int | None, warmup: float = 0.0
@@ -179,10 +182,11 @@ class Workload:
             warmup: Seconds before anything counts.
         """
         assert duration is not None or requests is not None
-        end = float("inf") if duration is None else warmup + duration
+        end = math.inf if duration is None else warmup + duration
+        times = takewhile(lambda at: at < end, self._arrivals(warmup, duration))
         chosen = list[Planned]()
         counted = 0
-        for planned in takewhile(lambda request: request.at < end, self.requests()):
+        for planned in self._requests(times):
             counted += planned.at >= warmup
             if requests is not None and counted > requests:
                 break
@@ -193,12 +197,33 @@ class Workload:
         """Return the generator from which one kind of thing is drawn."""
         return random.Random(f"{self.seed} {name}")
 
-    def _times(self) -> Iterator[float]:
-        """Yield when requests are due: a Poisson process in an open loop."""
-        if self.rate is None:
-            yield from repeat(0.0)
-            return
-        rng, at = self.generator("arrivals"), 0.0
+    def _requests(self, times: Iterator[float]) -> Iterator[Planned]:
+        popular = self.popularity.draws(self.tasks, self.generator("tasks"))
+        lengths = self.generator("lengths")
+        lines = cycle(self.generator("lines").sample(self.lines, len(self.lines)) or [Line()])
+        for index, (at, task, line) in enumerate(zip(times, popular, lines, strict=False)):
+            inputs, outputs = self.input_tokens.draw(lengths), self.output_tokens.draw(lengths)
+            inputs = (line.input_tokens or inputs) if line.prompt is None else 0
+            outputs = line.output_tokens or outputs
+            yield Planned(index, at, line.task or task, inputs, outputs, line.prompt)
+
+    def _arrivals(self, warmup: float, duration: float | None) -> Iterator[float]:
+        """Yield when requests are due.
+
+        Gaps of mean 1 are drawn, and added up to the number of requests that the rate lets expect
+        by then; so a rate that changes stretches the same gaps.
+        """
+        assert self.rate is not None
+        rng, expected = self.generator("arrivals"), 0.0
+        slope = 0.0 if self.ramp_to is None else (self.ramp_to - self.rate) / (duration or math.inf)
         while True:
-            at += rng.expovariate(self.rate)
-            yield at
+            expected += rng.gammavariate(self.burstiness, 1 / self.burstiness)
+            beyond = expected - self.rate * warmup
+            if beyond <= 0:
+                yield expected / self.rate
+                continue
+            # beyond = rate t + slope t^2 / 2, solved for t; a rate that falls may never get there.
+            square = self.rate**2 + 2 * slope * beyond
+            if square < 0:
+                return
+            yield warmup + 2 * beyond / (self.rate + math.sqrt(square))

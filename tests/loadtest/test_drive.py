@@ -5,6 +5,7 @@ import json
 import socket
 import statistics
 import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -261,7 +262,8 @@ def test_a_load_that_is_halted_keeps_what_was_answered(scripted, script, loop: s
     assert sum(record.answer is not None for record in outcome.records) >= 3
     assert outcome.records[-1].answer is None
     assert failures(outcome.records) == {}
-    assert loaded.driver.done == sum(record.answer is not None for record in outcome.records)
+    answered = sum(record.answer is not None for record in outcome.records)
+    assert loaded.driver.counts.done == answered
 
 
 def test_a_fault_of_the_driver_ends_the_load_and_is_raised(scripted, script) -> None:
@@ -276,3 +278,43 @@ def test_a_fault_of_the_driver_ends_the_load_and_is_raised(scripted, script) -> 
     driver = Driver(loaded.server, ROUTE, compose, loaded.limits)
     with pytest.raises(ZeroDivisionError):
         asyncio.run(driver.run_closed(workload().requests(), 3))
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_a_load_begins_when_it_is_told(scripted, script, loop: str) -> None:
+    loaded = Loaded(scripted(lambda request: script(events=1)).address, requests=4, warmup=0.05)
+
+    async def run() -> float:
+        start = time.perf_counter() + 0.2
+        if loop == "open":
+            schedule = workload(100.0).schedule(duration=None, requests=4, warmup=0.05)
+            await loaded.driver.run_open(schedule, start=start)
+        else:
+            await loaded.driver.run_closed(workload().requests(), 2, start=start)
+        return start
+
+    start = asyncio.run(run())
+
+    outcome = loaded.driver.outcome
+    assert outcome.begin == start + 0.05
+    assert min(record.due for record in outcome.records) >= start
+    assert min(record.sent for record in outcome.records) >= start
+    (share,) = outcome.cpu_shares
+    assert 0 < share < 1.5
+
+
+def test_all_clients_of_a_closed_loop_have_their_first_request_ready(scripted, script) -> None:
+    loaded = Loaded(scripted(lambda request: script(events=1)).address, requests=3)
+    composed = list[int]()
+    compose = loaded.compose
+
+    def slowly(planned: Planned) -> bytes:
+        composed.append(planned.index)
+        time.sleep(0.02)
+        return compose(planned)
+
+    driver = Driver(loaded.server, ROUTE, slowly, loaded.limits)
+    outcome = asyncio.run(driver.run_closed(workload().requests(), 3))
+
+    assert composed[:3] == [0, 1, 2]
+    assert max(record.sent - record.due for record in outcome.records) < 0.02

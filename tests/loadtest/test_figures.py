@@ -4,10 +4,12 @@ from itertools import count, repeat
 
 import pytest
 
+from oneplusn.loadtest.caveats import caveats
 from oneplusn.loadtest.churn import Churn, Swap
 from oneplusn.loadtest.dialects import DIALECTS
 from oneplusn.loadtest.drive import Outcome, Record
-from oneplusn.loadtest.figures import by_task, errors, figures, split_gaps, swaps, warnings
+from oneplusn.loadtest.figures import by_task, errors, figures, split_gaps, swaps
+from oneplusn.loadtest.slo import Slo
 from oneplusn.loadtest.stream import Answer, LoadFailed
 from oneplusn.loadtest.transport import Server
 from oneplusn.loadtest.workload import Planned
@@ -42,8 +44,7 @@ def outcome() -> Outcome:
         ],
         begin=0.0,
         end_of_sending=2.0,
-        seconds=5.0,
-        cpu_seconds=0.5,
+        cpu_shares=(0.1, 0.05),
         interrupted=True,
     )
 
@@ -53,6 +54,7 @@ def test_the_figures_of_a_load() -> None:
 
     assert {key: found[key] for key in list(found) if not key.endswith("_ms")} == {
         "duration": 4.0,  # 0.25 to 4.25
+        "sending_seconds": 2.0,
         "completed": 2,
         "failed": 1,
         "aborted": 1,
@@ -75,7 +77,10 @@ def test_the_figures_of_a_load() -> None:
         "tokens_per_event": 1.4,
         "tokens_counted_by": "server",
         "percentile_rule": "nearest rank",
+        "slo": None,
+        "client_processes": 2,
         "client_cpu_share": 0.1,
+        "client_cpu_shares": (0.1, 0.05),
         "interrupted": True,
     }
     expected = {
@@ -102,12 +107,31 @@ def test_tasks_have_their_own_figures_and_versions() -> None:
     assert found["b"]["cached_input_tokens"] == 6
 
 
+def test_a_promise_is_judged_as_a_whole_and_by_task() -> None:
+    slo = Slo.parse("ttft=600ms,itl=1s")
+
+    whole, tasks = figures(outcome(), slo), by_task(outcome(), slo)
+
+    # The first has 1000 ms to its first token, the second 2000 ms between two, the third nothing.
+    assert whole["slo"] == {
+        "limits_ms": {"ttft": 600.0, "itl": 1000.0},
+        "met": 0,
+        "share": 0.0,
+        "requests_per_s": 0.0,
+        "missed": {"ttft": 1, "itl": 1},
+        "without_answer": 1,
+    }
+    assert whole["request_goodput"] == 0.0
+    assert figures(outcome(), Slo.parse("ttft=600ms"))["request_goodput"] == 0.25  # in 4 s
+    assert {name: task["slo_share"] for name, task in tasks.items()} == {"a": 0.0, "b": 0.0}
+
+
 def test_a_load_without_an_answer_has_counts_and_no_times() -> None:
     found = figures(Outcome(records=[record(0.0, failure=LoadFailed("x", group="timeout"))]))
 
     assert (found["completed"], found["failed"], found["output_throughput"]) == (0, 1, 0.0)
     assert found["p99_itl_ms"] is None
-    assert warnings(found) == []
+    assert caveats(found) == []
 
 
 def test_errors_are_grouped_with_a_few_different_examples() -> None:
@@ -124,6 +148,7 @@ FINE = {
     "p99_dispatch_delay_ms": 1.0,
     "median_itl_ms": 10.0,
     "client_cpu_share": 0.1,
+    "client_processes": 2,
     "tokens_per_event": 1.0,
     "tokens_counted_by": "server",
     "cached_input_tokens": 0,
@@ -135,15 +160,16 @@ FINE = {
     ("change", "reason"),
     [
         ({"p99_dispatch_delay_ms": 1.01}, "p99 of 1.01 ms is more than 10% of the median"),
-        ({"client_cpu_share": 0.51}, "the client took 0.51 of a core"),
+        ({"client_cpu_share": 0.51}, "a client process took 0.51 of a core"),
+        ({"client_cpu_share": 0.51}, "more than 2 with --processes"),
         ({"tokens_per_event": 2.5}, "sends 2.50 tokens an event"),
         ({"tokens_counted_by": "events"}, "tells no token counts"),
         ({"cached_input_tokens": 25}, "25.0% of the input tokens"),
     ],
 )
 def test_a_reader_is_warned_of_what_makes_figures_lie(change, reason) -> None:
-    assert warnings(FINE) == []
-    (line,) = warnings(FINE | change)
+    assert caveats(FINE) == []
+    (line,) = caveats(FINE | change)
     assert reason in line
 
 

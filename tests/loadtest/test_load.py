@@ -2,52 +2,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import re
 import subprocess
 import sys
-import threading
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from loads import KEY, report, run, serve
 from oneplusn.loadtest import load
-
-MODELS = [{"id": "base"}, {"id": "a", "parent": "base"}, {"id": "b", "parent": "base"}]
-KEY = "secret-key"
-PROGRAM = """
-import argparse, sys
-from oneplusn.loadtest import load
-parser = argparse.ArgumentParser()
-load.declare(parser)
-sys.exit(load.run(parser.parse_args()))
-"""
-
-
-def serve(script, models=MODELS, **stream):
-    """A server that lists models, counts words as tokens and answers streams."""
-
-    def behave(request):
-        if request.path == "/v1/models":
-            return script(content=json.dumps({"data": models}).encode())
-        if request.path == "/tokenize":
-            tokens = [0] * len(request.json["prompt"].split())
-            return script(content=json.dumps({"tokens": tokens}).encode())
-        if request.path == "/version":
-            return script(content=b'{"version": "9"}')
-        return script(**{"events": 3, "first_s": 0.01, "gap_s": 0.005, **stream})
-
-    return behave
-
-
-def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    load.declare(parser)
-    return load.run(parser.parse_args(arguments))
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-
 
 # What `vllm bench serve` writes for a generation benchmark, its long lists aside.
 FIELDS = """date endpoint_type backend label model_id tokenizer_id num_prompts request_rate
@@ -78,6 +42,7 @@ def test_a_report_has_the_fields_that_others_read_and_ours(
     assert all(isinstance(found[name], float) for name in TIMES)
     assert (found["completed"], found["failed"], found["total_output_tokens"]) == (20, 0, 60)
     assert (found["request_rate"], found["max_concurrency"], found["seed"]) == (50.0, None, 5)
+    assert (found["burstiness"], found["request_goodput"]) == (1.0, None)
     assert set(found["tasks"]) == {"a", "b"}  # and not the base
     assert sum(task["requests"] for task in found["tasks"].values()) == 20
     assert found["environment"]["server"] == {"version": "9"}
@@ -111,7 +76,8 @@ def test_every_request_has_a_line_and_the_length_that_was_asked_for(
         body["max_tokens"] for body in asked.values()
     )
     assert all(5 <= row["asked_output_tokens"] <= 9 for row in rows)
-    assert all(len(row["itls"]) == 2 and row["ttft"] > 0.01 for row in rows)
+    assert all(len(row["times"]) == 3 for row in rows)
+    assert all(row["times"][0] - row["sent"] > 0.01 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -183,11 +149,18 @@ def test_a_server_without_counts_is_measured_and_said_so(scripted, script, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "one of the arguments --rate --concurrency is required"),
-        (["--rate", "1", "--concurrency", "1"], "not allowed with argument"),
+        ([], "give one of --rate R and --concurrency N"),
+        (["--rate", "1", "--concurrency", "1"], "give one of --rate R and --concurrency N"),
         (["--rate", "0"], "0 is not above 0"),
-        (["--rate", "x"], "invalid float value: 'x'"),
-        (["--concurrency", "1.5"], "invalid int value: '1.5'"),
+        (["--rate", "x"], "'x' is no number"),
+        (["--rate", "nan"], "nan is not above 0"),
+        (["--concurrency", "1.5"], "1.5 is no whole number of 1 or more"),
+        (["--rate", "1", "--retries", "-1"], "-1 is no whole number of 0 or more"),
+        (["--concurrency", "2", "--processes", "3"], "--processes 3 is more than the clients"),
+        (["--concurrency", "2", "--burstiness", "2"], "give --rate with them"),
+        (["--rate", "1", "--ramp-to", "9", "--num-requests", "3"], "needs an end; give --duration"),
+        (["--rate", "1", "--min-goodput", "9%"], "needs limits; give --slo ttft=500ms"),
+        (["--rate", "1", "--slo", "p99=1s"], "'p99=1s' is no limit; give ttft, itl, tpot, e2e"),
         (["--rate", "1", "--popularity", "even"], "'even' is no popularity"),
         (["--rate", "1", "--input-tokens", "0"], "length of 1 or more"),
         (["--rate", "1", "--warmup", "-1"], "-1 is not above 0"),
@@ -210,6 +183,46 @@ def test_options_that_make_no_sense_are_refused(
 
     assert code == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--rate", "5", "http://127.0.0.1:1"], "'5' is neither an address nor one of load, sweep"),
+        (["sweeep", "http://127.0.0.1:1"], "'sweeep' is neither an address nor one of"),
+        ([], "the following arguments are required: URL | VERB"),
+    ],
+)
+def test_what_begins_with_neither_an_address_nor_a_verb_is_refused(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(*words)
+
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [
+        ((), ["oneplusn loadtest sweep http", "compare"]),
+        (("load",), ["--burstiness B", "exit status: 0;", "--min-goodput BOUND", "usage: x [-h]"]),
+        (("sweep",), ["--over NAME=V1,V2,...", "concurrency, rate, tasks"]),
+        (("compare",), ["--force", "--least SHARE"]),
+    ],
+)
+def test_help_explains_with_examples(
+    verb: tuple[str, ...], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser(prog="x")
+    load.declare(parser)
+
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args([*verb, "--help"])
+
+    page = capsys.readouterr().out
+    assert "examples:" in page
+    assert [words for words in expected if words not in page] == []
 
 
 @pytest.mark.parametrize(
@@ -268,38 +281,46 @@ def test_adapters_change_meanwhile(scripted, script, tmp_path: Path) -> None:
     assert "## Swaps of x" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("loop", [["--rate", "40"], ["--concurrency", "2"]])
-def test_ctrl_c_ends_with_a_report_of_what_was_measured(
-    scripted, script, tmp_path: Path, loop: list[str]
-) -> None:
-    several = threading.Event()
-    inner = serve(script)
+def test_too_little_goodput_is_an_exit_status_of_its_own(scripted, script, tmp_path: Path) -> None:
+    inner = serve(script, first_s=0.02)
 
     def behave(request):
-        if len(server.streams) > 6:
-            several.set()
-        return inner(request)
+        refused = request.is_stream and len(server.requests) % 4 == 0
+        return script(status=429) if refused else inner(request)
 
     server = scripted(behave)
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM, server.address, *loop, "--duration", "600",
-         "--out", str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert several.wait(30)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    load_of = [server.address, "--rate", "100", "--num-requests", "16", "--out", str(tmp_path)]
 
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert "**Interrupted:**" in out
+    assert run(*load_of, "--slo", "e2e=30s", "--min-goodput", "70%") == 0  # though 4 were refused
+    assert run(*load_of, "--slo", "e2e=30s", "--min-goodput", "80%") == 3
+    assert run(*load_of, "--slo", "e2e=1ms") == 1
     found = report(tmp_path)
-    assert found["interrupted"]
-    assert found["completed"] >= 4
-    assert found["failed"] == 0
+    assert (found["request_goodput"], found["slo"]["missed"]) == (0.0, {"e2e": found["completed"]})
+    assert "## Goodput" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_no_other_and_keeps_a_servers_text_as_text(
+    scripted, script, tmp_path: Path
+) -> None:
+    inner = serve(script, [{"id": "<b>", "parent": "base"}], adapter="<script>x</script>@1")
+    bad = script(status=500, content=b"<img src=x onerror=alert(1)>")
+
+    def behave(request):
+        return bad if request.is_stream and len(server.requests) % 5 == 0 else inner(request)
+
+    server = scripted(behave)
+    run(server.address, "--concurrency", "2", "--num-requests", "12", "--out", str(tmp_path))
+
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img|iframe|b>@)|@import|url\(", page)
+    assert set(re.findall(r"https?://[^\s<\"]+", page)) == {server.address}
+    assert page.count("<svg") == 7
+    assert "&lt;script&gt;x&lt;/script&gt;@1" in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "prefers-color-scheme: dark" in page
+    html5 = HTMLParser()
+    html5.feed(page)
+    html5.close()
 
 
 def test_the_load_tester_needs_nothing_else_of_ours_and_no_torch() -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from oneplusn.loadtest.mistake import Mistake
 from oneplusn.loadtest.prompts import (
     POOL_WORDS,
     VOCABULARY,
     Line,
-    PromptFileWrong,
-    known_words,
+    Vocabulary,
+    Words,
     read_lines,
 )
 
@@ -25,6 +26,11 @@ def count_pieces(text: str) -> int:
 
 def count_bytes(text: str) -> int:
     return len(text)
+
+
+def known_words(count, rng: random.Random) -> Words:
+    known = Vocabulary() if count is None else Vocabulary.counted(count)
+    return Words(known.costs, known.overhead, rng)
 
 
 @pytest.mark.parametrize("count", [count_words, count_pieces, count_bytes])
@@ -70,11 +76,13 @@ def test_a_file_brings_prompts_and_chats(tmp_path: Path) -> None:
         '{"prompt": "x", "other": 1}',
         "",
         '{"messages": [{"role": "user", "content": "y"}], "task": "t", "output_tokens": 5}',
+        '{"input_tokens": 7, "output_tokens": 3}',
     )
 
     assert list(read_lines(path, chat=True)) == [
         Line("x"),
         Line(({"role": "user", "content": "y"},), "t", 5),
+        Line(input_tokens=7, output_tokens=3),
     ]
 
 
@@ -83,19 +91,21 @@ def test_a_file_brings_prompts_and_chats(tmp_path: Path) -> None:
     [
         ("{", "line 2: Input data was truncated"),
         ("5", "line 2: Expected `object`"),
-        ("{}", "line 2: it needs a text called prompt"),
+        ("{}", "line 2: it needs one of prompt"),
+        ('{"prompt": "x", "input_tokens": 3}', "line 2: it needs one of prompt"),
+        ('{"input_tokens": 0}', "line 2: Expected `int` >= 1"),
         ('{"prompt": 5}', "line 2: Expected `str"),
         ('{"prompt": "x", "output_tokens": 0}', "line 2: Expected `int` >= 1"),
         ('{"messages": [{"role": "user"}]}', "line 2: messages are for --endpoint chat"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, reason: str) -> None:
-    with pytest.raises(PromptFileWrong, match=reason):
+    with pytest.raises(Mistake, match=reason):
         read_lines(write(tmp_path, '{"prompt": "x"}', line), chat=False)
 
 
 def test_a_file_without_lines_or_without_itself_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PromptFileWrong, match="has no line"):
+    with pytest.raises(Mistake, match="has no line"):
         read_lines(write(tmp_path, ""), chat=False)
-    with pytest.raises(PromptFileWrong, match="No such file"):
+    with pytest.raises(Mistake, match="No such file"):
         read_lines(tmp_path / "none", chat=False)

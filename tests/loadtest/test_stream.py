@@ -8,13 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneplusn.loadtest.dialects import DIALECTS
-from oneplusn.loadtest.stream import Answer, LoadFailed, Reader, read_answer
+from oneplusn.loadtest.stream import Answer, LoadFailed, Reader
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
     b"transfer-encoding: chunked\r\nx-oneplusn-adapter: a@3\r\n\r\n"
 )
 END = b"0\r\n\r\n"
+
+
+def read_answer(sent, arrivals, dialect) -> Answer:
+    reader = Reader(dialect)
+    for when, data in arrivals:
+        reader.feed(when, data)
+    return reader.finish(sent)
 
 
 def event(content: object) -> bytes:

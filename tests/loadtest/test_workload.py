@@ -57,6 +57,42 @@ def test_arrivals_are_a_poisson_process(seed: int) -> None:
     assert abs(product / len(first) * rate**2) < 3 / math.sqrt(len(first))
 
 
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0, 400.0])
+def test_burstiness_is_the_spread_of_gaps_and_leaves_the_rate(burstiness: float) -> None:
+    made = workload(burstiness=burstiness)
+    times = [p.at for p in made.schedule(duration=None, requests=8000)]
+    gaps = [later - earlier for earlier, later in pairwise([0.0, *times])]
+    mean = sum(gaps) / len(gaps)
+    deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))
+
+    assert mean == pytest.approx(1 / 50.0, rel=4 / math.sqrt(8000 * burstiness))
+    assert deviation / mean == pytest.approx(burstiness**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("rate", "ramp_to"), [(10.0, 110.0), (110.0, 10.0)])
+def test_a_ramp_changes_the_rate_evenly_after_the_warm_up(rate: float, ramp_to: float) -> None:
+    made = workload(rate=rate, ramp_to=ramp_to, burstiness=400.0)
+    times = [p.at for p in made.schedule(duration=20.0, requests=None, warmup=5.0)]
+
+    def count(start: float, end: float) -> int:
+        return sum(start <= when < end for when in times)
+
+    middle, slope = (rate + ramp_to) / 2, (ramp_to - rate) / 20.0
+    assert count(0.0, 5.0) == pytest.approx(rate * 5, abs=3)
+    assert count(5.0, 25.0) == pytest.approx(middle * 20, abs=5)
+    assert count(9.0, 11.0) == pytest.approx(2 * (rate + slope * 5), abs=3)
+    assert count(19.0, 21.0) == pytest.approx(2 * (rate + slope * 15), abs=3)
+
+
+def test_a_ramp_that_falls_to_nothing_ends() -> None:
+    made = workload(rate=10.0, ramp_to=1e-9)
+
+    times = [p.at for p in made.schedule(duration=4.0, requests=None)]
+
+    assert len(times) == pytest.approx(20, abs=14)
+    assert max(times) < 4.0
+
+
 def test_the_seed_fixes_the_schedule() -> None:
     schedule = workload().schedule(duration=2.0, requests=None)
 
@@ -135,6 +171,7 @@ def test_a_popularity_that_is_none_is_refused(text: str) -> None:
     [
         ("64", 64, 64, 64),
         ("uniform:10-30", 10, 30, 20),
+        ("normal:100,30,180", 1, 180, 100),
         ("lognormal:100,0.8,512", 1, 512, 100),
     ],
 )
@@ -156,9 +193,21 @@ def test_a_lognormal_has_the_spread_that_it_names() -> None:
     assert deviation == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_normal_has_the_spread_that_it_names() -> None:
+    length, rng = Length.parse("normal:1000,100,2000"), random.Random(0)
+    drawn = [length.draw(rng) for _ in range(4000)]
+    mean = sum(drawn) / len(drawn)
+
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in drawn) / len(drawn))
+    assert mean == pytest.approx(1000, rel=0.01)
+    assert deviation == pytest.approx(100, rel=0.05)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "0", "-3", "x", "uniform:5", "uniform:9-3", "lognormal:5,1", "normal:3", "1.5"]
-)
+    "text",
+    ["", "0", "-3", "x", "uniform:5", "uniform:9-3", "lognormal:5,1", "normal:3", "1.5",
+     "normal:9,1,3", "normal:9,nan,30", "lognormal:9,inf,30", "gamma:1,2,3"],
+)  # fmt: skip
 def test_a_length_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="length"):
         Length.parse(text)
@@ -172,3 +221,18 @@ def test_lines_of_a_file_bring_text_and_may_bring_more() -> None:
     assert [p.prompt for p in planned[:2]] == [p.prompt for p in planned[2:]]
     assert {(p.task in TASKS, p.output_tokens) for p in planned if p.prompt == "x"} == {(True, 8)}
     assert {(p.task, p.output_tokens) for p in planned if p.prompt == "y"} == {("z", 3)}
+
+
+def test_a_trace_brings_lengths_and_the_seed_their_order() -> None:
+    trace = tuple(Line(input_tokens=size, output_tokens=2 * size) for size in range(1, 31))
+    made = workload(lines=trace, rate=None)
+    planned = list(islice(made.requests(), 60))
+
+    assert {(p.input_tokens, p.output_tokens) for p in planned[:30]} == {
+        (size, 2 * size) for size in range(1, 31)
+    }
+    assert [p.input_tokens for p in planned[:30]] == [p.input_tokens for p in planned[30:]]
+    assert planned == list(islice(made.requests(), 60))
+    other = list(islice(replace(made, seed=2).requests(), 30))
+    assert [p.input_tokens for p in other] != [p.input_tokens for p in planned[:30]]
+    assert {p.prompt for p in planned} == {None}
