@@ -287,8 +287,9 @@ class StorageFull(ServingError):
 class WorkerFailed(ServingError):
     """A job could not be done; `code` says what failed.
 
-    `worker_timeout` and `worker_memory`: it took more than it may. `worker_failed`: it broke its
-    process, which was replaced. `worker_unavailable`: there was no process to do it.
+    `worker_timeout` and `worker_memory`: it took more than it may. `worker_crashed`: it broke
+    its process, which was replaced. `worker_failed`: a fault of ours. `worker_unavailable`: there
+    was no process to do it.
     """
 
     status_code = 503

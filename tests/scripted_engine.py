@@ -69,6 +69,7 @@ class ScriptedCore:
     events: list[Loaded | Freed] = field(default_factory=list)
     most_together: int = 0
     steps: int = 0
+    warmed: int = 0
     cancelled_once: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -131,6 +132,9 @@ class ScriptedCore:
 
     def unload(self, digest: str, *, force: bool = False) -> None:
         self.leaving.add(digest)
+
+    def warm(self) -> None:
+        self.warmed += 1
 
     def evict(self, digest: str) -> None:
         """Let a version go as the pool does it, when another needs the room."""

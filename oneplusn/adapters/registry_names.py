@@ -167,6 +167,10 @@ class Names:
             for task, version in versions.items()
         ]
 
+    def find(self, name: str) -> Version | Blend | None:
+        """Return what a task's or a blend's name stands for, damaged or not; None if nothing."""
+        return self._snapshot.tasks.get(name) or self._snapshot.blends.get(name)
+
     def tasks(self) -> list[tuple[str, Version]]:
         """List the tasks that can be asked for, with the versions that they mean."""
         return [(task, version) for version in self.active() for task in version.tasks]

@@ -48,34 +48,6 @@ class Pairs(NamedTuple):
     ks: NDArray[np.intp]
 
 
-class Uses(NamedTuple):
-    """The (row, run) pairs of the few rows for the compiled kernel: by run, and again by row.
-
-    Attributes:
-        runs: `[runs]`, run ids, in the order of their keys.
-        run_uses: `[runs + 1]`, bounds of the runs in the pairs.
-        use_row: `[pairs]`, rows of the batch, run by run.
-        use_slot: `[pairs]`, their slots.
-        use_k: `[pairs]`, which k of its slot the run is.
-        use_run: `[pairs]`, places in `runs`.
-        rows: `[rows]`, rows of the batch, cluster by cluster.
-        row_uses: `[rows + 1]`, bounds of the rows in `by_row`.
-        by_row: `[pairs]`, places among the pairs, row by row, in the order of the runs.
-        clusters: `[clusters + 1]`, bounds of the clusters in `rows`.
-    """
-
-    runs: IntArray
-    run_uses: IntArray
-    use_row: IntArray
-    use_slot: IntArray
-    use_k: IntArray
-    use_run: IntArray
-    rows: IntArray
-    row_uses: IntArray
-    by_row: IntArray
-    clusters: IntArray
-
-
 class GateMap(NamedTuple):
     """For every gate of the few rows its place in a table, and in a flat `[rows, R]`."""
 
@@ -136,43 +108,6 @@ class Step:
             for run, k in self.plan.uses(segment.start):
                 pairs += [(row, place[run], segment.slot, k) for row in rows.tolist()]
         return Pairs(*np.array(pairs, dtype=np.intp).reshape(-1, 4).T)
-
-    @cached_property
-    def uses(self) -> Uses:
-        """The pairs of `few` as the compiled kernel reads them."""
-        place = {run: index for index, run in enumerate(self.few_runs.tolist())}
-        triples, counts, rows = [], [], []
-        for segment in self.few:
-            using = self.plan.uses(segment.start)
-            triples.append([(place[run], segment.slot, k) for run, k in using])
-            counts.append(segment.stop - segment.start)
-            rows.append(self.plan.rows[segment.start : segment.stop])
-        per_row = np.repeat([len(used) for used in triples], counts)
-        # Row by row, each with all the pairs of its segment.
-        by_row = np.array(
-            [triple for used, n in zip(triples, counts, strict=True) for triple in used * n],
-            dtype=np.int32,
-        ).reshape(-1, 3)
-        order = np.argsort(by_row[:, 0], kind="stable")
-        sorted_rows = _concatenate(rows)
-        return Uses(
-            runs=self.few_runs.astype(np.int32),
-            run_uses=_bounds(np.bincount(by_row[:, 0], minlength=len(self.few_runs))),
-            use_row=np.repeat(sorted_rows, per_row)[order],
-            use_slot=by_row[order, 1],
-            use_k=by_row[order, 2],
-            use_run=by_row[order, 0],
-            rows=sorted_rows,
-            row_uses=_bounds(per_row),
-            by_row=np.argsort(order, kind="stable").astype(np.int32),
-            clusters=_bounds(self._rows_of_clusters()),
-        )
-
-    def _rows_of_clusters(self) -> IntArray:
-        starts = np.array([s.start for s in self.few])
-        sizes = np.array([s.stop - s.start for s in self.few])
-        inside = [sizes[(starts >= a) & (starts < b)].sum() for a, b in self.plan.clusters]
-        return np.array([n for n in inside if n], dtype=np.int32)
 
     def layout(self, lengths: IntArray) -> Layout:
         """Return the layout of a slab with exactly `few_runs`, of these rank rows each."""
@@ -243,10 +178,6 @@ def _batch_rows(rows: IntArray) -> slice | torch.Tensor:
 
 def _concatenate(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-
-
-def _bounds(sizes: NDArray[np.integer]) -> IntArray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
 
 
 def within(counts: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -8,14 +8,21 @@ for: a task, a blend of tasks, or the bare base. The tables change when adapters
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+
+from oneplusn.kernels.tiles import ABSENT as ABSENT
+from oneplusn.kernels.tiles import IntArray as IntArray
+from oneplusn.kernels.tiles import Tiles, cut_tiles
 
 if TYPE_CHECKING:
     from oneplusn.kernels.cpu import SlabCache
@@ -29,10 +36,6 @@ MAX_RUNS = 16
 """Runs of a slot: eight tasks of a blend with two runs each."""
 BASE_SLOT = 0
 """The slot of the bare base, which has no runs."""
-ABSENT = -1
-"""In `Plan.ks`: the row does not use the run."""
-
-IntArray = NDArray[np.int32]
 RunKey = tuple[str, int]
 """Content identity of a run: the adapter's digest, and the run's index within the adapter."""
 
@@ -120,6 +123,13 @@ def num_pages(rows: int) -> int:
     return -(-rows // PAGE)
 
 
+class RunUse(NamedTuple):
+    """A run that a row uses, and its place k among the runs of the row's slot."""
+
+    run: int
+    k: int
+
+
 @dataclass(frozen=True, slots=True)
 class SlotInfo:
     """What a slot stands for; the same at every site.
@@ -131,6 +141,8 @@ class SlotInfo:
         run_keys: Content identity of each run. Orders and caches go by it, never by ids, which
             are used again for other content.
         run_pages: Pages of each run at the site where it has the most.
+        order: What slots are put in order by.
+        uses: The runs with their k, in the order of their keys, which is that of every tile.
     """
 
     key: str
@@ -138,10 +150,15 @@ class SlotInfo:
     runs: tuple[int, ...]
     run_keys: tuple[RunKey, ...]
     run_pages: tuple[int, ...]
+    order: tuple[tuple[str, ...], str] = field(init=False, repr=False, compare=False)
+    uses: tuple[RunUse, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.runs) == len(set(self.runs)) <= MAX_RUNS, self
         assert len(self.runs) == len(self.run_keys) == len(self.run_pages), self
+        ks = sorted(range(len(self.runs)), key=self.run_keys.__getitem__)
+        object.__setattr__(self, "order", (self.cluster, self.key))
+        object.__setattr__(self, "uses", tuple(RunUse(self.runs[k], k) for k in ks))
 
 
 class Segment(NamedTuple):
@@ -152,75 +169,106 @@ class Segment(NamedTuple):
     stop: int
 
 
-class RunUse(NamedTuple):
-    """A run that a row uses, and its place k among the runs of the row's slot."""
-
-    run: int
-    k: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """How the rows of one step are grouped; the same for all sites. Arrays are int32.
 
     Sorted order goes by cluster, then slot; within a slot rows keep the batch's order. Tiles cut
-    it at cluster bounds, not at task bounds. Bare rows are in no tile.
+    it at cluster bounds, not at task bounds. Bare rows are in no tile. What not every backend
+    reads is made when it is asked for.
 
     Attributes:
         num_rows: Rows T of the batch.
         max_tile_rows: The largest number of rows that a tile may have.
         rows: `[n]`, the adapted rows of the batch, in sorted order.
         slots: `[n]`, their slots.
-        tile_rows: `[tiles + 1]`, bounds of the tiles in `rows`.
-        tile_runs: `[tiles + 1]`, bounds of the tiles in `runs`.
-        runs: `[entries]`, per tile the union of its rows' run ids, in the order of their keys.
-        tile_ks: `[tiles + 1]`, bounds of the tiles in `ks`.
-        ks: per tile a matrix `[rows of the tile, runs of the tile]`: which k of the row's slot
-            the run is, or ABSENT.
         segments: The slots' spans of `rows`.
+        infos: What the slot of each segment stands for.
         clusters: The clusters' spans of `rows`, as (start, stop).
-        run_keys: Content identity of every run in `runs`, in the order of the keys.
-        run_pages: Pages of every run in `runs`, at the site where it has the most.
-        key: Identity of the composition: which content each row of the batch asks for.
     """
 
     num_rows: int
     max_tile_rows: int
     rows: IntArray
     slots: IntArray
-    tile_rows: IntArray
-    tile_runs: IntArray
-    runs: IntArray
-    tile_ks: IntArray
-    ks: IntArray
     segments: tuple[Segment, ...]
+    infos: tuple[SlotInfo, ...]
     clusters: tuple[tuple[int, int], ...]
-    run_keys: Mapping[int, RunKey]
-    run_pages: Mapping[int, int]
-    key: Composition
 
     @property
     def empty(self) -> bool:
         """Whether no row is adapted."""
         return not self.segments
 
-    def uses(self, position: int) -> list[RunUse]:
+    @property
+    def tile_rows(self) -> IntArray:
+        """`[tiles + 1]`, bounds of the tiles in `rows`."""
+        return self._tiles.tile_rows
+
+    @property
+    def tile_runs(self) -> IntArray:
+        """`[tiles + 1]`, bounds of the tiles in `runs`."""
+        return self._tiles.tile_runs
+
+    @property
+    def runs(self) -> IntArray:
+        """`[entries]`, per tile the union of its rows' run ids, in the order of their keys."""
+        return self._tiles.runs
+
+    @property
+    def tile_ks(self) -> IntArray:
+        """`[tiles + 1]`, bounds of the tiles in `ks`."""
+        return self._tiles.tile_ks
+
+    @property
+    def ks(self) -> IntArray:
+        """Per tile a matrix `[rows of the tile, runs of the tile]`.
+
+        Which k of the row's slot the run is, or ABSENT.
+        """
+        return self._tiles.ks
+
+    @cached_property
+    def run_keys(self) -> Mapping[int, RunKey]:
+        """Content identity of every run in `runs`, in the order of the keys."""
+        keys = {
+            run: key
+            for info in self.infos
+            for run, key in zip(info.runs, info.run_keys, strict=True)
+        }
+        return dict(sorted(keys.items(), key=lambda item: item[1]))
+
+    @cached_property
+    def run_pages(self) -> Mapping[int, int]:
+        """Pages of every run in `runs`, at the site where it has the most."""
+        return {
+            run: pages
+            for info in self.infos
+            for run, pages in zip(info.runs, info.run_pages, strict=True)
+        }
+
+    @cached_property
+    def key(self) -> Composition:
+        """Identity of the composition: which content each row of the batch asks for."""
+        batch = np.full(self.num_rows, BASE_SLOT)
+        batch[self.rows] = self.slots
+        slots = (segment.slot for segment in self.segments)
+        infos = dict(zip(slots, self.infos, strict=True))
+        starts = np.flatnonzero(np.diff(batch, prepend=ABSENT))
+        counts = np.diff(starts, append=len(batch)).tolist()
+        stretches: list[tuple[int, str, tuple[RunKey, ...]]] = []
+        for slot, count in zip(batch[starts].tolist(), counts, strict=True):
+            info = infos.get(slot)  # bare rows have none
+            stretches.append((count, info.key, info.run_keys) if info else (count, "", ()))
+        return tuple(stretches)
+
+    def uses(self, position: int) -> tuple[RunUse, ...]:
         """Return the runs of the row at `position` of the sorted order, in the tile's order."""
-        tile = int(np.searchsorted(self.tile_rows, position, side="right")) - 1
-        runs = self.runs[self.tile_runs[tile] : self.tile_runs[tile + 1]]
-        start = self.tile_ks[tile] + (position - self.tile_rows[tile]) * len(runs)
-        ks = self.ks[start : start + len(runs)]
-        return [
-            RunUse(run, k) for run, k in zip(runs.tolist(), ks.tolist(), strict=True) if k != ABSENT
-        ]
+        return self.infos[bisect_right(self.segments, position, key=itemgetter(1)) - 1].uses
 
-
-class _Tile(NamedTuple):
-    """A tile while the plan is made."""
-
-    num_rows: int
-    runs: IntArray
-    ks: IntArray
+    @cached_property
+    def _tiles(self) -> Tiles:
+        return cut_tiles(self.segments, self.infos, self.clusters, self.max_tile_rows)
 
 
 def build_plan(
@@ -237,33 +285,47 @@ def build_plan(
         KeyError: When a row names a slot that is not in `slots`.
     """
     batch = np.asarray(row_slots, dtype=np.int32)
-    used = set(batch.tolist()) - {BASE_SLOT}
-    order = sort_slots(used, slots)
+    order = sort_slots(set(batch.tolist()) - {BASE_SLOT}, slots)
     rows, segments = _sort_rows(batch, order)
-    clusters = _join_clusters(segments, slots)
-    run_keys = _run_keys(order, slots)
-    tiles = list(_cut_tiles(segments, clusters, slots, list(run_keys), tile_rows))
+    infos = tuple([slots[slot] for slot in order])
     return Plan(
         num_rows=len(batch),
         max_tile_rows=tile_rows,
         rows=rows,
         slots=batch[rows],
-        tile_rows=_bounds([tile.num_rows for tile in tiles]),
-        tile_runs=_bounds([tile.runs.size for tile in tiles]),
-        runs=_concatenate([tile.runs for tile in tiles]),
-        tile_ks=_bounds([tile.ks.size for tile in tiles]),
-        ks=_concatenate([tile.ks for tile in tiles]),
         segments=segments,
-        clusters=clusters,
-        run_keys=run_keys,
-        run_pages=_run_pages(order, slots),
-        key=_composition(batch, slots),
+        infos=infos,
+        clusters=_join_clusters(segments, infos),
     )
+
+
+class Planner:
+    """Makes the plans of one engine; where nothing has changed, a copy of the last one."""
+
+    def __init__(self, slots: Mapping[int, SlotInfo]) -> None:
+        """Take what the slots stand for, which may change between two plans."""
+        self._slots = slots
+        self._asked: tuple[list[int], int] | None = None
+        self._plan = build_plan([], {})
+
+    def plan(self, row_slots: list[int], *, tile_rows: int = 16) -> Plan:
+        """Group the rows of a step, as `build_plan` does."""
+        asked = (row_slots, tile_rows)
+        if asked == self._asked and self._is_current(self._plan):
+            return copy(self._plan)
+        self._plan = build_plan(row_slots, self._slots, tile_rows=tile_rows)
+        self._asked = asked
+        return self._plan
+
+    def _is_current(self, plan: Plan) -> bool:
+        """Tell whether the slots of a plan still stand for what they stood for."""
+        used = zip(plan.segments, plan.infos, strict=True)
+        return all(self._slots.get(segment.slot) is info for segment, info in used)
 
 
 def sort_slots(chosen: Iterable[int], slots: Mapping[int, SlotInfo]) -> list[int]:
     """Put slots into the order of a plan's rows: by cluster, then by content."""
-    return sorted(chosen, key=lambda slot: (slots[slot].cluster, slots[slot].key, slot))
+    return [slot for _, slot in sorted([(slots[slot].order, slot) for slot in chosen])]
 
 
 def _sort_rows(batch: IntArray, order: Sequence[int]) -> tuple[IntArray, tuple[Segment, ...]]:
@@ -273,96 +335,19 @@ def _sort_rows(batch: IntArray, order: Sequence[int]) -> tuple[IntArray, tuple[S
     row_ranks = ranks[batch]
     bounds = np.bincount(row_ranks, minlength=len(order) + 1).cumsum().tolist()
     starts = [0, *bounds]
-    segments = tuple(
-        Segment(slot, start, stop) for slot, start, stop in zip(order, starts, bounds, strict=False)
-    )
+    segments = tuple(map(Segment, order, starts, bounds))
     num_adapted = starts[len(order)]
     return np.argsort(row_ranks, kind="stable")[:num_adapted].astype(np.int32), segments
 
 
 def _join_clusters(
-    segments: Sequence[Segment], slots: Mapping[int, SlotInfo]
+    segments: Sequence[Segment], infos: Sequence[SlotInfo]
 ) -> tuple[tuple[int, int], ...]:
     spans: dict[tuple[str, ...], tuple[int, int]] = {}
-    for segment in segments:
-        cluster = slots[segment.slot].cluster
-        start, _ = spans.get(cluster, (segment.start, 0))
-        spans[cluster] = (start, segment.stop)
+    for (_, start, stop), info in zip(segments, infos, strict=True):
+        first, _ = spans.get(info.cluster, (start, 0))
+        spans[info.cluster] = (first, stop)
     return tuple(spans.values())
-
-
-def _run_keys(order: Sequence[int], slots: Mapping[int, SlotInfo]) -> dict[int, RunKey]:
-    keys: dict[int, RunKey] = {}
-    for slot in order:
-        keys.update(zip(slots[slot].runs, slots[slot].run_keys, strict=True))
-    return dict(sorted(keys.items(), key=lambda item: item[1]))
-
-
-def _run_pages(order: Sequence[int], slots: Mapping[int, SlotInfo]) -> dict[int, int]:
-    pages: dict[int, int] = {}
-    for slot in order:
-        pages.update(zip(slots[slot].runs, slots[slot].run_pages, strict=True))
-    return pages
-
-
-def _cut_tiles(
-    segments: Sequence[Segment],
-    clusters: Sequence[tuple[int, int]],
-    slots: Mapping[int, SlotInfo],
-    run_order: Sequence[int],
-    tile_rows: int,
-) -> Iterator[_Tile]:
-    """Yield the tiles of every cluster.
-
-    Tiles of one task, which are most of them in prefill, share what they are made of.
-    """
-    place = {run: index for index, run in enumerate(run_order)}
-    tables: dict[tuple[int, int], tuple[IntArray, IntArray]] = {}
-    first = 0
-    for cluster_start, cluster_stop in clusters:
-        for start in range(cluster_start, cluster_stop, tile_rows):
-            stop = min(start + tile_rows, cluster_stop)
-            while segments[first].stop <= start:
-                first += 1
-            last = first
-            while segments[last].stop < stop:
-                last += 1
-            inside = segments[first : last + 1]
-            if (first, last) not in tables:
-                tables[first, last] = _table([slots[s.slot].runs for s in inside], place)
-            runs, table = tables[first, last]
-            counts = [min(s.stop, stop) - max(s.start, start) for s in inside]
-            yield _Tile(stop - start, runs, table.repeat(counts, axis=0).ravel())
-
-
-def _table(
-    slot_runs: Sequence[tuple[int, ...]], place: Mapping[int, int]
-) -> tuple[IntArray, IntArray]:
-    """Return the union of several slots' runs, and the matrix of k `[slots, runs]` over it."""
-    union = sorted({run for runs in slot_runs for run in runs}, key=place.__getitem__)
-    ks = [[runs.index(run) if run in runs else ABSENT for run in union] for runs in slot_runs]
-    return np.array(union, dtype=np.int32), np.array(ks, dtype=np.int32)
-
-
-def _composition(batch: IntArray, slots: Mapping[int, SlotInfo]) -> Composition:
-    """Write the batch as (rows, key, run keys) of its stretches of one slot; bare has no key."""
-    starts = np.flatnonzero(np.diff(batch, prepend=ABSENT))
-    counts = np.diff(starts, append=len(batch)).tolist()
-    stretches: list[tuple[int, str, tuple[RunKey, ...]]] = []
-    for slot, count in zip(batch[starts].tolist(), counts, strict=True):
-        if slot == BASE_SLOT:
-            stretches.append((count, "", ()))
-        else:
-            stretches.append((count, slots[slot].key, slots[slot].run_keys))
-    return tuple(stretches)
-
-
-def _bounds(sizes: Sequence[int]) -> IntArray:
-    return np.array([0, *accumulate(sizes)], dtype=np.int32)
-
-
-def _concatenate(parts: Sequence[IntArray]) -> IntArray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

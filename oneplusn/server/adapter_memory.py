@@ -35,7 +35,9 @@ class AdapterMemory:
 
     def missing(self, refs: Iterable[TaskRef]) -> Set[str]:
         """Return the versions in `refs` that are neither there nor on their way."""
-        return {ref.digest for ref in refs} - self.resident - self.loading
+        # One by one: a difference of sets would walk through all that are there.
+        asked = {ref.digest for ref in refs}
+        return {d for d in asked if d not in self.resident and d not in self.loading}
 
     def load(self, digest: str, path: str, *, pin: bool | None) -> asyncio.Future[int]:
         """Ask for a version; everyone who asks shares the future, which holds its bytes."""
@@ -51,7 +53,7 @@ class AdapterMemory:
         Raises:
             AdapterNotFound: It is neither there nor on its way.
         """
-        if digest not in self.resident | self.loading:
+        if digest not in self.resident and digest not in self.loading:
             raise AdapterNotFound(f"{digest} is not resident; there is nothing to unload")
         self._send(Unload(digest, force))
         return _shared(self._unloads, digest)

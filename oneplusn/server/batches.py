@@ -6,11 +6,10 @@ Those of one prompt share its keys and values; that is the scheduler's doing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
 from oneplusn.errors import OneplusnError, RequestCancelled
-from oneplusn.server.inference import Delta, Generation, Inference, Job
+from oneplusn.server.inference import Delta, Generation, Inference, Job, Plan
 from oneplusn.server.targets import Target
 
 
@@ -31,6 +30,7 @@ class Batch:
         self._inference = inference
         self._jobs = jobs
         self._salt = salt
+        self._wake = asyncio.Event()
 
     @property
     def targets(self) -> list[Target]:
@@ -42,7 +42,7 @@ class Batch:
         self._inference.in_flight.add(self.request_id, self)
         try:
             for plan in plans:
-                self.generations.append(self._inference.submit(plan, salt=self._salt))
+                self.generations.append(self._submit(plan))
         except OneplusnError:
             self._close()
             raise
@@ -66,59 +66,41 @@ class Batch:
             OneplusnError: One of them failed; the others are cancelled.
         """
         with self:
-            streams = [self._inference.deltas(generation) for generation in self.generations]
-            await _together([_exhaust(stream) for stream in streams])
+            async for pieces in self.deltas():
+                for _ in pieces:
+                    pass
         return self
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield the pieces of all answers as they come, each with the answer's index.
+    async def deltas(self) -> AsyncGenerator[Iterator[tuple[int, Delta]], None]:
+        """Yield what has come of all answers, step by step: pieces, each with its answer's index.
+
+        All of them are to be read before the next are asked for. There may be none.
 
         Raises:
-            OneplusnError: One of them failed.
+            OneplusnError: One of the answers failed.
         """
-        pieces: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
+        unfinished = dict(enumerate(self.generations))
+        while unfinished:
+            await self._wake.wait()
+            self._wake.clear()
+            # What fails while the pieces are being sent may have got some more before.
+            failures = {index: g.stream.failure for index, g in unfinished.items()}
+            yield self._read(unfinished)
+            for index, failure in failures.items():
+                if unfinished[index].finish_reason is not None:
+                    del unfinished[index]
+                elif failure is not None:
+                    raise failure
 
-        async def pump(index: int, generation: Generation) -> None:
-            try:
-                async for delta in self._inference.deltas(generation):
-                    await pieces.put((index, delta))
-                await pieces.put(None)
-            except Exception as error:
-                # It is raised where the pieces are read, not lost in this task.
-                await pieces.put(error)
+    def _read(self, unfinished: Mapping[int, Generation]) -> Iterator[tuple[int, Delta]]:
+        for index, generation in unfinished.items():
+            for delta in self._inference.read(generation):
+                yield index, delta
 
-        pumps = [asyncio.create_task(pump(*pair)) for pair in enumerate(self.generations)]
-        try:
-            unfinished = len(pumps)
-            while unfinished:
-                piece = await pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                if piece is None:
-                    unfinished -= 1
-                else:
-                    yield piece
-        finally:
-            for task in pumps:
-                task.cancel()
+    def _submit(self, plan: Plan) -> Generation:
+        return self._inference.submit(plan, salt=self._salt, wake=self._wake)
 
     def _close(self) -> None:
         self._inference.in_flight.remove(self.request_id, self)
         for generation in self.generations:
             self._inference.finish(generation)
-
-
-async def _exhaust(deltas: AsyncIterator[Delta]) -> None:
-    """Read to the end, for what that leaves in the generation."""
-    async for _ in deltas:
-        pass
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

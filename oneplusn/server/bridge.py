@@ -34,6 +34,7 @@ from oneplusn.server.messages import (
     StepOutputs,
     StepStats,
     Submit,
+    Warm,
 )
 from oneplusn.server.metrics import Metrics
 from oneplusn.server.metrics_compat import TasksInFlight
@@ -126,10 +127,14 @@ class AsyncEngine:
         self._running = asyncio.create_task(self._supervisor.run())
         return await self._started
 
-    def stream(self, submit: Submit) -> TokenStream:
+    def stream(self, submit: Submit, wake: asyncio.Event | None = None) -> TokenStream:
         """Send a request to the engine, and hand out its tokens.
 
         It is sent before this returns, unless a version that it names has to be loaded first.
+
+        Args:
+            submit: The request.
+            wake: Set whenever there is something to read; None = one of the stream's own.
 
         Raises:
             EngineStopped: The engine is not ready.
@@ -139,7 +144,7 @@ class AsyncEngine:
         if len(self._streams) >= self._max_queue:
             msg = f"{self._max_queue} sequences are unfinished; wait, or raise --max-queue"
             raise QueueFull(msg)
-        stream = self._streams[submit.id] = TokenStream(submit, self._release)
+        stream = self._streams[submit.id] = TokenStream(submit, self._release, wake)
         if submit.refs:
             found = {ref.digest for ref in submit.refs} <= self.resident
             self._metrics.count("adapter_cache_hits" if found else "adapter_cache_misses")
@@ -176,6 +181,10 @@ class AsyncEngine:
         """
         self._check(self._is_up)
         return await asyncio.shield(self._adapters.unload(digest, force=force))
+
+    def warm(self) -> None:
+        """Let the engine load what grammars need, before a request waits for it."""
+        self._supervisor.send(Warm())
 
     def end(self, error: OneplusnError) -> None:
         """End everything in flight."""
@@ -242,6 +251,7 @@ class AsyncEngine:
             # Whatever it was, the base and the other adapters can be served.
             _log.exception("not every adapter is back")
         self.failure = None
+        self.warm()
 
     def _check(self, holds: bool) -> None:
         """Refuse what needs an engine while there is none.

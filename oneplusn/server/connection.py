@@ -1,7 +1,10 @@
-"""One connection of a client, and how long it may keep us waiting.
+"""One connection of a client: how long it may keep us waiting, and how many there may be.
 
 uvicorn waits for ever: for the end of a request's head, and for a reader that has stopped reading.
 Here both have a deadline. The third, for bodies, is `receiving.py`'s, where a body is counted.
+
+uvicorn's own limit of concurrency answers nobody once it is reached, neither health checks nor who
+was there before. Here those before it are served on; of the next `RESERVED`, only probes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from oneplusn.server.logs import RequestRecord, log_request
 from oneplusn.server.metrics import Metrics
 from oneplusn.server.receiving import MIN_BYTES_PER_S
 from oneplusn.server.settings import Settings
+from oneplusn.server.web import EXCESS
+
+RESERVED = 32
+"""Connections beyond the limit that are read at all, so that probes get an answer."""
 
 
 class Connection(H11Protocol):
@@ -29,11 +36,13 @@ class Connection(H11Protocol):
         head_seconds: What a request's head may take from its first byte, the first one of a
             connection from its beginning.
         write_seconds: After which a client that has read nothing meanwhile is cut.
+        max_connections: After how many others it serves nothing but probes.
         metrics: Count what is refused here, which no middleware sees.
     """
 
     head_seconds: ClassVar[float]
     write_seconds: ClassVar[float]
+    max_connections: ClassVar[int]
     metrics: ClassVar[Metrics]
 
     _num_bytes = 0
@@ -45,6 +54,13 @@ class Connection(H11Protocol):
     ) -> None:
         """Begin to wait for a request."""
         super().connection_made(transport)
+        self.metrics.set("http_connections", len(self.connections))
+        excess = len(self.connections) - self.max_connections
+        if excess > RESERVED:
+            transport.abort()
+            return
+        if excess > 0:
+            self.app_state = {**self.app_state, EXCESS: self.max_connections}
         # Whatever a client has not taken holds the next piece back, and starts its deadline.
         transport.set_write_buffer_limits(high=0)
         self._await_head()
@@ -64,6 +80,7 @@ class Connection(H11Protocol):
         self._stop_awaiting_head()
         self._stop_awaiting_reader()
         super().connection_lost(exc)
+        self.metrics.set("http_connections", len(self.connections))
 
     def pause_writing(self) -> None:
         """Begin to wait for the reader."""
@@ -149,5 +166,6 @@ def connections(settings: Settings, metrics: Metrics) -> type[Connection]:
 
     Bounded.head_seconds = settings.header_timeout
     Bounded.write_seconds = settings.write_timeout
+    Bounded.max_connections = settings.max_connections
     Bounded.metrics = metrics
     return Bounded

@@ -10,12 +10,14 @@ the terminal's signals are the API's business.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from oneplusn.errors import AdapterCorrupt, OneplusnError
@@ -36,6 +38,7 @@ from oneplusn.server.messages import (
     Submit,
     ToEngine,
     Unload,
+    Warm,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +91,9 @@ class EngineCore(Protocol):
 
     def poll(self) -> list[Loaded | Freed]:
         """Return what came into memory or left it since the last call."""
+
+    def warm(self) -> None:
+        """Begin to load what grammars need."""
 
     def step(self) -> StepOutputs:
         """Compute one batch."""
@@ -171,6 +177,8 @@ class Loop:
                 self._load(message)
             case Unload():
                 self._core.unload(message.digest, force=message.force)
+            case Warm():
+                self._core.warm()
         return None
 
     def _submit(self, message: Submit) -> Refusal | None:
@@ -203,7 +211,8 @@ def main() -> int:
     configure_logging(settings)
     channel = EngineEnd(address)
     try:
-        core, opener, ready = build_engine(settings)
+        with loading():
+            core, opener, ready = build_engine(settings)
         Loop(core, channel, opener).run(ready)
     except OneplusnError as error:
         _log.debug("the engine cannot be built", exc_info=True)
@@ -215,6 +224,22 @@ def main() -> int:
     finally:
         channel.close()
     return 1
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Let garbage be while the block loads what stays, and never look through that again.
+
+    The collector would walk through all objects of torch and transformers now and then, which
+    takes 0.2 s: several times while they are loaded, and later in the middle of a step.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.collect()
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _end_with(parent: int) -> None:

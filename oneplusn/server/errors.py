@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from http import HTTPMethod
 from reprlib import Repr
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from oneplusn.errors import InvalidRequest, OneplusnError
@@ -28,9 +30,10 @@ _BY_STATUS = {
     413: ("invalid_request_error", "payload_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
     431: ("invalid_request_error", "headers_too_large"),
+    503: ("overloaded_error", "too_many_connections"),
 }
 # After these, what the client still sends of the request is not worth reading.
-_CLOSING = frozenset({408, 413, 431})
+_CLOSING = frozenset({408, 413, 431, 503})
 _NAME_OR_INDEX = re.compile(r"\w+\Z", re.ASCII)
 # Writes values out, of large ones the beginning.
 _shown = Repr()
@@ -125,7 +128,20 @@ def explain(problems: Sequence[Any]) -> InvalidRequest:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        error.headers = {"allow": ", ".join(_methods(request))}
     return http_error_response(request.scope, error)
+
+
+def _methods(request: Request) -> list[str]:
+    """List the methods that a path takes; the router knows those of one route at a time."""
+    routes = request.app.routes
+    scopes = {method.value: {**request.scope, "method": method.value} for method in HTTPMethod}
+    return [
+        method
+        for method, scope in sorted(scopes.items())
+        if any(route.matches(scope)[0] is Match.FULL for route in routes)
+    ]
 
 
 def _headers(error: OneplusnError) -> dict[str, str]:

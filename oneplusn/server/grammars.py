@@ -202,7 +202,7 @@ class Grammars:
                 case "worker_timeout" | "worker_memory":
                     msg = f"{spec.param} takes more than {limits} to compile; make it simpler"
                     return InvalidRequest(msg, code=TOO_COMPLEX, param=spec.param)
-                case "worker_failed":
+                case "worker_failed" | "worker_crashed":
                     # No verdict for ever: the system may have ended the process by itself.
                     msg = f"{spec.param} broke the process that compiles it; make it simpler"
                     raise InvalidRequest(msg, code=TOO_COMPLEX, param=spec.param) from None

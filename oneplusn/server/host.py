@@ -1,8 +1,9 @@
-"""What this machine, or the container around the process, lets us use: cores and memory."""
+"""What this machine, or the container around the process, lets us use: cores, memory, files."""
 
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 _ROOT = Path("/")
@@ -42,6 +43,17 @@ def available_memory(root: Path = _ROOT) -> int:
         if limit is not None and limit.isdigit() and used is not None:
             free.append(int(limit) - int(used))
     return max(0, min(free))
+
+
+def allow_files(wanted: int) -> int:
+    """Let this process open so many files, or as many as it may; return the most that it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(soft, most)
 
 
 def _siblings(root: Path, cpu: int) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,8 +94,8 @@ class Generation:
     """A sequence on its way, and what it has become once it has ended.
 
     Attributes:
+        answer: The text so far, and what of it is held back.
         outputs: The tokens so far.
-        text: The text so far.
         finish_reason: Why it ended, once it has.
         stop_reason: The stop string or stop token that ended it, if one of the request's did.
         cached_tokens: Prompt tokens that the prefix cache held.
@@ -102,11 +103,16 @@ class Generation:
 
     plan: Plan
     stream: TokenStream
+    answer: TextStream
     outputs: list[TokenOutput] = field(default_factory=list)
-    text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self.answer.text
 
     @property
     def job(self) -> Job:
@@ -231,57 +237,64 @@ class Inference:
         self.check_tokens(sampling.stop_token_ids, "stop_token_ids")
         return Plan(job, target, wanted, sampling)
 
-    def submit(self, plan: Plan, *, salt: str) -> Generation:
+    def submit(self, plan: Plan, *, salt: str, wake: asyncio.Event) -> Generation:
         """Hand a sequence to the engine.
 
         Nothing is awaited between its plan and this, so no swap of the adapter can come between
         either: the engine sees the request before it sees the old version leave.
 
+        Args:
+            plan: The sequence.
+            salt: Whose cached prefixes it may use.
+            wake: Set whenever `read` would find something.
+
         Raises:
             QueueFull: Too many sequences are unfinished.
             EngineStopped: The engine is not there.
         """
-        job = plan.job
+        job, wanted = plan.job, plan.wanted
         message = Submit(
             uuid.uuid4().hex,
             job.tokens,
             plan.target.refs,
             plan.sampling,
             salt=salt,
-            timeout=plan.wanted.timeout,
+            timeout=wanted.timeout,
             grammar=job.grammar,
         )
-        generation = Generation(plan, self._engine.stream(message))
-        self._metrics.count("prompt_tokens", len(job.tokens), task=plan.target.label)
-        self._metrics.observe("request_prompt_tokens", len(job.tokens))
-        self._metrics.observe("request_params_max_tokens", plan.sampling.max_tokens)
-        return generation
-
-    async def deltas(self, generation: Generation) -> AsyncGenerator[Delta, None]:
-        """Yield the pieces of one answer; it ends at a stop string, or when the engine ends it."""
-        wanted = generation.plan.wanted
-        text = TextStream(
+        answer = TextStream(
             self.tokenizer,
             wanted.stop,
             include_stop=wanted.include_stop_str_in_output,
             skip_special=wanted.skip_special_tokens,
         )
-        async for output in generation.stream:
+        generation = Generation(plan, self._engine.stream(message, wake), answer)
+        self._metrics.count("prompt_tokens", len(job.tokens), task=plan.target.label)
+        self._metrics.observe("request_prompt_tokens", len(job.tokens))
+        self._metrics.observe("request_params_max_tokens", plan.sampling.max_tokens)
+        return generation
+
+    def read(self, generation: Generation) -> Iterator[Delta]:
+        """Yield the pieces of an answer that have come; it ends at a stop string, or by itself.
+
+        The generation moves on with every piece.
+        """
+        wanted, answer = generation.plan.wanted, generation.answer
+        for output in generation.stream.take():
             generation.outputs.append(output)
             generation.cached_tokens = max(generation.cached_tokens, output.cached_tokens)
             # The token that ended the answer is a mark, not a part of it.
             is_mark = output.finish == "stop" and not wanted.include_stop_str_in_output
-            piece = "" if is_mark or output.token is None else text.push(output.token)
+            piece = "" if is_mark or output.token is None else answer.push(output.token)
             if output.finish is not None:
-                piece += text.flush()
-            reason = "stop" if text.finished else output.finish
-            generation.text = text.text
-            generation.finish_reason = reason
-            generation.stop_reason = text.stopped_by
+                piece += answer.flush()
+            generation.finish_reason = "stop" if answer.finished else output.finish
+            generation.stop_reason = answer.stopped_by
             if output.finish == "stop" and output.token in wanted.stop_token_ids:
-                generation.stop_reason = text.stopped_by or output.token
-            yield Delta(piece, output, reason)
-            if reason is not None:
+                generation.stop_reason = answer.stopped_by or output.token
+            yield Delta(piece, output, generation.finish_reason)
+            if generation.finish_reason is not None:
+                generation.stream.close()
                 return
 
     def finish(self, generation: Generation) -> None:

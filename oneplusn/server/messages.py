@@ -1,9 +1,9 @@
 """Messages between the API and the engine: all that one knows of the other.
 
-To the engine go `Submit`, `Cancel`, `Load` and `Unload`; from it come `Ready`, `StepOutputs` (one
-a step, not one a token), `Loaded`, `Freed`, `Stats` and `Fatal`. Each is a tagged msgspec struct,
-so a union of them decodes without help. Adapters appear by digest only: names, versions and
-aliases are the registry's business.
+To the engine go `Submit`, `Cancel`, `Load`, `Unload` and `Warm`; from it come `Ready`,
+`StepOutputs` (one a step, not one a token), `Loaded`, `Freed`, `Stats` and `Fatal`. Each is a
+tagged msgspec struct, so a union of them decodes without help. Adapters appear by digest only:
+names, versions and aliases are the registry's business.
 """
 
 from __future__ import annotations
@@ -237,6 +237,10 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
     num_bytes: int
 
 
+class Warm(msgspec.Struct, frozen=True, tag=True):
+    """Load now what the first request with a grammar would otherwise wait for."""
+
+
 class Stats(msgspec.Struct, frozen=True, tag=True):
     """Occupancy of the engine's two budgets, in bytes and blocks."""
 
@@ -290,5 +294,5 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     kind: str = "EngineStopped"
 
 
-ToEngine = Submit | Cancel | Load | Unload
+ToEngine = Submit | Cancel | Load | Unload | Warm
 FromEngine = Ready | StepOutputs | Loaded | Freed | Stats | Fatal

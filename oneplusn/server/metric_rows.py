@@ -61,6 +61,7 @@ def _by_task(name: str, text: str) -> Row:
 
 _REQUESTS = (
     _counter("requests", "HTTP requests answered.", "route", "status", "code"),
+    _gauge("http_connections", "Connections of clients that are open."),
     _counter("queue_rejected", "Requests turned away before they were computed.", "reason"),
     _counter("auth_failures", "Requests without the API key, or with a wrong one."),
     _counter("client_disconnects", "Requests whose client went away early.", "phase"),

@@ -29,6 +29,7 @@ BLEND = "blend"
 # Why a request was not computed, by the code of its error.
 _REJECTIONS = {
     "queue_full": "full",
+    "too_many_connections": "connections",
     "draining": "draining",
     "engine_stopped": "unavailable",
     "engine_dead": "unavailable",

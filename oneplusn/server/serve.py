@@ -7,6 +7,7 @@ The first SIGTERM drains: `/health/ready` and new requests get 503 at once, what
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -18,7 +19,8 @@ from fastapi import FastAPI
 
 from oneplusn.errors import ConfigError
 from oneplusn.server.app import create_app
-from oneplusn.server.connection import connections
+from oneplusn.server.connection import RESERVED, connections
+from oneplusn.server.host import allow_files
 from oneplusn.server.launch import launcher
 from oneplusn.server.logs import configure_logging
 from oneplusn.server.settings import Settings
@@ -26,6 +28,8 @@ from oneplusn.server.state import Server
 from oneplusn.server.web import MAX_HEADER_BYTES
 
 _BACKLOG = 2048
+_OWN_FILES = 256
+"""Open files besides connections: libraries, sockets, pipes, the database, uploads."""
 _FLUSH_S = 2
 """What answers get to reach their clients, once everything has ended."""
 _log = logging.getLogger("oneplusn.server")
@@ -47,11 +51,13 @@ def serve(settings: Settings) -> None:
     app = create_app(settings, launcher(settings), on_failure=give_up)
     listener = _listen(settings)
     configure_logging(settings)
+    _make_room(settings.max_connections)
     config = uvicorn_config(app)
     runner = Runner(config, app.state.server, drain_seconds=settings.shutdown_timeout)
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     _log.info("listening on %s; loading the model", address)
+    gc.freeze()  # a look through all that is loaded would hold up every stream for 60 ms
     with listener:
         runner.run(sockets=[listener])
     if failures:
@@ -128,6 +134,15 @@ class Runner(uvicorn.Server):
     def _end(self) -> None:
         self._server.end_requests()
         self.should_exit = True
+
+
+def _make_room(num_connections: int) -> None:
+    """See to it that there may be so many connections, or warn."""
+    wanted = num_connections + RESERVED + _OWN_FILES
+    allowed = allow_files(wanted)
+    if allowed < wanted:
+        msg = "%d files may be open, %d connections need %d; raise ulimit -Hn, or lower %s"
+        _log.warning(msg, allowed, num_connections, wanted, "--max-connections")
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -125,6 +125,13 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Sequences accepted and unfinished; beyond it requests get 429."
     )
+    max_connections: int = Field(
+        2048,
+        ge=1,
+        description=(
+            "Connections open at once; requests on one more get 503, but for health and metrics."
+        ),
+    )
     max_body: ByteSize = Field(
         ByteSize(8 << 20), gt=0, description="Bytes of a JSON request; larger ones get 413."
     )

@@ -177,8 +177,13 @@ class Server:
         _log.info("ready: %s with %d tasks", name, len(registry.tasks()))
         self._chores = (
             asyncio.create_task(_sweep(registry)),
-            asyncio.create_task(self._grammars.warm()),
+            asyncio.create_task(self._warm(self._grammars)),
         )
+
+    async def _warm(self, grammars: Grammars) -> None:
+        """Have ready what grammars need, first in the worker, then in the engine."""
+        await grammars.warm()
+        self.engine.warm()
 
     def drain(self) -> None:
         """Take nothing new from now on; what is in flight goes on."""

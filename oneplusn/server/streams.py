@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 
 from oneplusn.errors import DeadlineExceeded, OneplusnError, RequestCancelled, ServingError
@@ -15,45 +14,41 @@ MAX_BUFFERED = 1024
 
 
 class TokenStream:
-    """The tokens of one request, as an async iterator. Lives on the event loop.
+    """The tokens of one request. Lives on the event loop.
+
+    Whoever reads it waits for `wake`, which several streams may share, clears it, and takes all
+    that has come by then.
 
     Attributes:
         submit: The request.
+        wake: Set when something has come, or the stream has failed.
+        failure: Why it ended before the answer did, if it has.
         submitted: When the request went to the engine, by `time.perf_counter`.
         first: When its first token came, if one has.
         last: When its latest token came.
         sent_again: Whether the engine refused it once for a version that had just left.
     """
 
-    def __init__(self, submit: Submit, release: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        release: Callable[[str], None],
+        wake: asyncio.Event | None = None,
+    ) -> None:
         self.submit = submit
+        self.wake = wake or asyncio.Event()
+        self.failure: OneplusnError | None = None
         self.submitted = time.perf_counter()
         self.first: float | None = None
         self.last = self.submitted
         self.sent_again = False
         self._release = release
-        self._buffer: deque[TokenOutput] = deque()
-        self._wake = asyncio.Event()
-        self._error: OneplusnError | None = None
-        self._ended = False
+        self._buffer: list[TokenOutput] = []
 
-    @property
-    def failure(self) -> OneplusnError | None:
-        """Why it ended before the answer did, if it has."""
-        return self._error
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        while not self._buffer:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
-        return self._buffer.popleft()
+    def take(self) -> list[TokenOutput]:
+        """Return what has come since the last call; a failure counts after all of it."""
+        taken, self._buffer = self._buffer, []
+        return taken
 
     def push(self, output: TokenOutput) -> bool:
         """Hand over what the engine made; the reader sees an end without a token as an error.
@@ -75,14 +70,13 @@ class TokenStream:
             return False
         else:
             self._buffer.append(output)
-            self._ended = output.finish is not None
-            self._wake.set()
+            self.wake.set()
         return True
 
     def fail(self, error: OneplusnError) -> None:
         """End the stream with an error, after what it still holds."""
-        self._error = error
-        self._wake.set()
+        self.failure = error
+        self.wake.set()
 
     def close(self) -> None:
         """Stop reading; a request that has not ended is cancelled."""

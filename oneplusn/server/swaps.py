@@ -273,8 +273,10 @@ class Swaps:
 
     async def _bring(self, name: str, digest: str, image: str) -> int:
         """Make a version of an adapter resident, pinned if the adapter is."""
-        pin = any(a.pinned for a in self._registry.adapters() if a.name == name)
-        return await self._engine.load(digest, image, pin=pin)
+        pinned = False
+        with suppress(AdapterNotFound):  # it is about to be published for the first time
+            pinned = self._registry.adapter(name).pinned
+        return await self._engine.load(digest, image, pin=pinned)
 
     def _retire(self, digests: Iterable[str]) -> None:
         """Let versions go that nobody can ask for any more, once nobody uses them."""

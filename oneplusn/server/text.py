@@ -186,7 +186,6 @@ class TextStream:
     emits bytes that are no UTF-8, which any model may.
 
     Attributes:
-        text: All text given out so far.
         stopped_by: The stop string that ended the answer, if one did.
     """
 
@@ -212,8 +211,8 @@ class TextStream:
         if "" in stop:
             msg = "stop holds an empty string, which every answer would end at; leave it out"
             raise InvalidRequest(msg, param="stop")
-        self.text = ""
         self.stopped_by: str | None = None
+        self._given: list[str] = []
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
@@ -223,6 +222,13 @@ class TextStream:
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        # In one piece again, so that asking now and then stays cheap.
+        self._given = ["".join(self._given)]
+        return self._given[0]
 
     @property
     def finished(self) -> bool:
@@ -250,7 +256,7 @@ class TextStream:
         if self.finished:
             return given
         rest, self._held = self._held, ""
-        self.text += rest
+        self._given.append(rest)
         return given + rest
 
     def _decode_pending(self) -> str:
@@ -266,6 +272,9 @@ class TextStream:
 
     def _give(self, text: str) -> str:
         """Append decoded text; return what of it is certain, up to a stop string."""
+        if not self._stop:
+            self._given.append(text)
+            return text
         text = self._held + text
         end, stop = self._first_stop(text)
         if stop:
@@ -274,7 +283,7 @@ class TextStream:
         else:
             end = len(text) - self._stop_begun_at_end(text)
         self._held = text[end:]
-        self.text += text[:end]
+        self._given.append(text[:end])
         return text[:end]
 
     def _first_stop(self, text: str) -> tuple[int, str]:

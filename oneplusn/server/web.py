@@ -12,13 +12,13 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -26,7 +26,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneplusn.errors import OneplusnError, RequestCancelled
+from oneplusn.server.auth import OPEN_PATHS
 from oneplusn.server.errors import (
+    RETRY_AFTER_SECONDS,
     body_of,
     http_error_response,
     internal_error,
@@ -42,9 +44,14 @@ from oneplusn.server.metrics import Metrics
 from oneplusn.server.receiving import TimedReceive
 
 T = TypeVar("T")
+Events = AsyncGenerator[Iterator[dict[str, Any]], None]
+"""Events as they come: those of one step together, perhaps none."""
 
+EXCESS = "excess_over"
+"""In the state of requests on a connection beyond the limit: the limit."""
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 << 10
+PROBE_PATHS = OPEN_PATHS | {"/metrics"}
 
 # Larger bodies are parsed on a thread, so that other requests do not stall meanwhile.
 _INLINE_BYTES = 64 << 10
@@ -119,8 +126,19 @@ class JsonRoute(APIRoute):
         return strict
 
 
+class Json(JSONResponse):
+    """A JSON answer, written several times as fast as the framework writes one.
+
+    Returned by a route, it is sent as it is: the framework would copy all of it first.
+    """
+
+    def render(self, content: Any) -> bytes:  # noqa: ANN401  (any JSON value)
+        """Write the body."""
+        return msgspec.json.encode(content)
+
+
 class EventStream(StreamingResponse):
-    """Server-sent events, one JSON object each.
+    """Server-sent events, one JSON object each; what comes together is one write.
 
     A failure on the way becomes a last event with OpenAI's error object; then the stream ends
     without `done`. When the client goes away, the source is closed at once.
@@ -130,13 +148,13 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        first: dict[str, Any],
-        source: AsyncGenerator[dict[str, Any], None],
+        first: bytes,
+        source: Events,
         *,
         done: bool,
         headers: dict[str, str],
     ) -> None:
-        """Take the first event and the source of the others; `done` adds OpenAI's `[DONE]`."""
+        """Take the first events and the source of the others; `done` adds OpenAI's `[DONE]`."""
         self._first = first
         self._source = source
         self._done = done
@@ -158,10 +176,11 @@ class EventStream(StreamingResponse):
         self._complete = True
 
     async def _events(self) -> AsyncIterator[bytes]:
-        yield _event(self._first)
+        yield self._first
         try:
-            async for event in self._source:
-                yield _event(event)
+            async for events in self._source:
+                if data := _encode(events):
+                    yield data
         except OneplusnError as error:
             yield _event(body_of(error))
         except Exception:
@@ -175,7 +194,7 @@ class EventStream(StreamingResponse):
 
 async def stream_events(
     request: Request,
-    source: AsyncGenerator[dict[str, Any], None],
+    source: Events,
     *,
     done: bool,
     headers: Callable[[], dict[str, str]],
@@ -258,7 +277,7 @@ class RequestContext:
             await send(message)
 
         try:
-            problem = _header_problem(scope)
+            problem = _header_problem(scope) or _crowding(scope)
             app = self._app if problem is None else http_error_response(scope, problem)
             timed = TimedReceive(receive, self._body_seconds, lambda: record.status is not None)
             await app(scope, timed, send_with_id)
@@ -275,7 +294,7 @@ class RequestContext:
 
     def _finish(self, scope: Scope, record: RequestRecord) -> None:
         route = scope.get("route")
-        record.route = getattr(route, "path", record.route)
+        record.route = getattr(route, "path_format", record.route)
         self._metrics.observe_request(record)
         log_request(record)
 
@@ -310,8 +329,23 @@ def _header_problem(scope: Scope) -> HTTPException | None:
     return None
 
 
-async def _first(source: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
-    return await anext(source)
+def _crowding(scope: Scope) -> HTTPException | None:
+    """Refuse what came on one connection too many, unless it is what tells of such troubles."""
+    limit = scope["state"].get(EXCESS)
+    if limit is None or scope["path"] in PROBE_PATHS:
+        return None
+    msg = f"{limit} connections are open, the limit; come back later, or raise --max-connections"
+    return HTTPException(503, msg, {"retry-after": RETRY_AFTER_SECONDS})
+
+
+async def _first(source: Events) -> bytes:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(source.aclose)
+        async for events in source:
+            if data := _encode(events):
+                stack.pop_all()
+                return data
+    raise AssertionError("an answer without an event")
 
 
 async def _disconnected(request: Request) -> None:
@@ -345,6 +379,10 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         msg = f"the key {twice[:60]!r} is given twice"
         raise ValueError(msg)
+
+
+def _encode(events: Iterator[dict[str, Any]]) -> bytes:
+    return b"".join(map(_event, events))
 
 
 def _event(content: object) -> bytes:

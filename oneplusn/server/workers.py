@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,18 @@ import msgspec
 
 from oneplusn.adapters.image_file import check_image
 from oneplusn.adapters.prepared import BaseLayout, Prepared
-from oneplusn.errors import AdapterCorrupt, AdapterTooLarge, QueueFull, WorkerFailed
+from oneplusn.errors import (
+    AdapterCorrupt,
+    AdapterInvalid,
+    AdapterTooLarge,
+    QueueFull,
+    WorkerFailed,
+)
 from oneplusn.server.jobs import JOBS, Job, prepare, rebuild
 from oneplusn.server.jobs.frames import (
+    CRASHED,
     FATAL,
+    OUT_OF_MEMORY,
     UNAVAILABLE,
     Call,
     Failed,
@@ -40,6 +49,8 @@ from oneplusn.server.settings import ENV_PREFIX, Settings
 GIB = 1 << 30
 START_SECONDS = 120.0
 """How long a new process may take to import what its jobs need."""
+TRIES = 2
+"""Processes that an upload may break before it is to blame."""
 # One thread each: more would wait for the engine's at every product.
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -93,6 +104,9 @@ class Workers:
     ) -> Prepared:
         """Check an upload, and write its blob and page image.
 
+        One in which the process breaks down is tried once more in a new one: what breaks that,
+        too, is to blame itself.
+
         Args:
             source: A folder or an archive, or files by the names that the client gave.
             out: Existing empty folder for what is made, on the disk of the data folder.
@@ -106,7 +120,7 @@ class Workers:
             AdapterError: It cannot be served, with a code that says why.
             StorageFull: There is no room for what is made.
             QueueFull: Too many jobs wait.
-            WorkerFailed: It took too long, or broke the worker.
+            WorkerFailed: It took too long, or there is a fault in what reads it.
         """
         request = prepare.Request(
             source=_plain(source),
@@ -119,14 +133,18 @@ class Workers:
             max_bytes=self._max_upload_bytes,
             max_image_bytes=self._max_image_bytes,
         )
-        try:
-            return await self.run("prepare", request, Prepared)
-        except WorkerFailed as error:
-            if error.code == "worker_memory":
-                raise AdapterTooLarge(
-                    f"the adapter is too large to read: {error.message}"
-                ) from None
-            raise
+        for _ in range(TRIES):
+            try:
+                return await self.run("prepare", request, Prepared)
+            except WorkerFailed as error:
+                if error.code == OUT_OF_MEMORY:
+                    msg = f"the adapter is too large to read: {error.message}"
+                    raise AdapterTooLarge(msg) from None
+                if error.code != CRASHED:
+                    raise
+                await asyncio.to_thread(_empty, out)
+        msg = f"{name!r} breaks the process that reads it, {TRIES} of {TRIES} times; save it anew"
+        raise AdapterInvalid(msg, code="adapter_breaks_reader")
 
     async def rebuild(self, digest: str, blob: Path, image: Path, base: BaseLayout) -> int:
         """Make a page image again; return the bytes of its pages.
@@ -161,8 +179,9 @@ class Workers:
 
         Raises:
             QueueFull: Too many jobs of its lane run or wait.
-            WorkerFailed: `worker_timeout` or `worker_memory`; `worker_failed` when it ended in
-                another way; `worker_unavailable` when there was no process to do it.
+            WorkerFailed: `worker_timeout` or `worker_memory`; `worker_crashed` when its process
+                ended in another way, `worker_failed` when the process could say so itself;
+                `worker_unavailable` when there was no process to do it.
             OneplusnError: What the job raised.
         """
         lane = self._lane(JOBS[kind].lane)
@@ -344,6 +363,15 @@ class _Child:
         return read_frame(self._process.stdout)
 
 
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder, and leave the folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _plain(source: Path | Mapping[str, Path]) -> str | dict[str, str]:
     if isinstance(source, Path):
         return str(source)
@@ -364,4 +392,5 @@ def _ending(job: Job, code: int | None, *, in_time: bool, closed: bool) -> Worke
         msg = f"the job took more than {job.seconds:g} s, its limit; send something smaller"
         return WorkerFailed(msg, code="worker_timeout")
     _log.error("a worker process ended by itself with %s", code)
-    return WorkerFailed("the process that did this job broke down; it has been replaced")
+    msg = "the process that did this job broke down; it has been replaced"
+    return WorkerFailed(msg, code=CRASHED)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,6 +331,32 @@ class TestStore:
         store.close()
 
         assert compiled == ["a", "b", "c", "b"]
+
+    def test_what_is_warm_need_not_be_loaded_for_the_first_grammar(
+        self, folder, monkeypatch
+    ) -> None:
+        store = GrammarStore(folder, VOCAB, {EOS})
+        loaded = []
+        read_now = module.read_vocab
+
+        def read(folder: Path, vocab_size: int) -> list[bytes]:
+            loaded.append(threading.current_thread())
+            return read_now(folder, vocab_size)
+
+        monkeypatch.setattr(module, "read_vocab", read)
+        store.warm()
+        store.warm()
+        matcher = store.open(grammars.regex("ab", "p").encode(), 10)
+        store.wait(10)
+        store.close()
+        assert matcher.is_ready
+        assert len(loaded) == 1
+        assert loaded[0] is not threading.current_thread()
+
+    def test_for_a_model_without_an_end_token_there_is_nothing_to_warm(self, folder) -> None:
+        store = GrammarStore(folder, VOCAB, ())
+        store.warm()
+        store.close()
 
     def test_large_grammars_make_room(self, folder, monkeypatch) -> None:
         monkeypatch.setattr(module, "MAX_BYTES", 10)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from oneplusn.errors import ModelRefused
 from oneplusn.kernels import ops
 from oneplusn.server.engine.engine import Engine, EngineConfig
-from oneplusn.server.engine.families import accelerate
+from oneplusn.server.engine.families import accelerate, model_logits
 from oneplusn.server.engine.linear import (
     CompiledLinear,
     PackedLinear,
@@ -136,10 +136,11 @@ def test_dropped_engine_frees_its_cache() -> None:
     assert cache() is None
 
 
-def test_model_outside_of_a_step_fails_loudly() -> None:
-    engine = tiny_engine("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_model_outside_of_a_step_fails_loudly(family: str) -> None:
+    engine = tiny_engine(family)
     with pytest.raises(AssertionError, match="outside of a step"):
-        engine.model.model(torch.arange(3)[None])
+        model_logits(engine.model.model, torch.arange(3), torch.arange(3), torch.arange(3))
 
 
 def test_model_that_reads_the_weights_of_its_linears_is_refused() -> None:

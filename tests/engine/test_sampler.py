@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from oneplusn.errors import InvalidRequest
-from oneplusn.server.engine.sampler import Filters, Sampler, smallest_kept, uniforms
+from oneplusn.server.engine.draws import GROUP, Filters, largest_of, smallest_kept, uniforms
+from oneplusn.server.engine.sampler import Sampler
 from oneplusn.server.engine.sequence import Sequence
 from oneplusn.server.messages import Sampling
 from tolerances import assert_close
@@ -118,7 +119,7 @@ def test_every_row_of_a_mixed_batch_samples_from_the_distribution_of_transformer
         assert reach[token] - expected[token] - 1e-6 <= number <= reach[token] + 1e-6, seq.sampling
 
 
-@pytest.mark.parametrize("width", [8, 128, 1000])
+@pytest.mark.parametrize("width", [8, 128, 1024])
 @pytest.mark.parametrize("spread", [0.3, 4.0], ids=["flat", "peaked"])
 def test_the_filters_keep_what_transformers_keeps(width, spread):
     table = [
@@ -127,7 +128,7 @@ def test_the_filters_keep_what_transformers_keeps(width, spread):
         for top_p in (1.0, 0.001, 0.5, 0.9, 0.999)
         for min_p in (0.0, 0.02, 0.5)
     ]
-    noise = torch.randn(len(table), 1000, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(len(table), 1024, generator=torch.Generator().manual_seed(2))
     scores = noise * spread
     scores -= scores.amax(-1, keepdim=True)
     top_k, top_p, min_p = zip(*table, strict=True)
@@ -142,6 +143,42 @@ def test_the_filters_keep_what_transformers_keeps(width, spread):
         seq = sequence(temperature=1.0, top_k=k, top_p=p, min_p=m)
         expected = oracle(scores[row], seq) > 0
         assert torch.equal(weights[row] >= threshold[row], expected), (k, p, m)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.sampled_from([1, 24, 31, 60]),
+    num_groups=st.integers(1, 60),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    levels=st.sampled_from([2, 50, 10**6]),
+    top_k=st.sampled_from([0, 1, 30, 100, 3000]),
+    top_p=st.sampled_from([1e-9, 0.3, 0.9, 0.999999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-4, 1.0]),
+)
+def test_what_is_found_by_counting_is_what_sorting_finds(
+    seed, width, num_groups, spread, levels, top_k, top_p, min_p
+):
+    """Also where most weights are equal, or nothing."""
+    noise = np.random.default_rng(seed).normal(size=(2, num_groups * GROUP)) * spread
+    scores = torch.from_numpy(np.round(noise * levels) / levels).float()
+    weights = torch.softmax(scores, -1)
+    filters = Filters(
+        torch.tensor([top_k] * 2),
+        torch.tensor([top_p] * 2, dtype=torch.float64),
+        torch.tensor([min_p] * 2, dtype=torch.float64),
+    )
+    largest = weights.sort(descending=True).values
+    expected = smallest_kept(weights, largest, filters)
+    assert torch.equal(smallest_kept(weights, largest[:, :width], filters), expected)
+    assert torch.equal(largest_of(weights, 24)[0], largest[:, :24])
+
+
+@pytest.mark.parametrize("width", [1, 8, 20, 24, 64])
+def test_what_ties_with_the_last_of_top_k_counts_for_top_p(width):
+    weights = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, *[1] * 30, *[0] * 27]])
+    filters = Filters(torch.tensor([10]), torch.tensor([0.5], dtype=torch.float64), torch.zeros(1))
+    # The 30 that tie with the tenth make 65 of it; 8 + 7 + 6 + 5 + 4 + 3 reach a half.
+    assert smallest_kept(weights, weights[:, :width], filters).tolist() == [3.0]
 
 
 def test_equal_logits_are_kept_or_dropped_together():

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from oneplusn.kernels.plan import (
     ABSENT,
     MAX_RUNS,
+    Plan,
+    Planner,
     RunKey,
     SiteSpec,
     SiteTable,
@@ -149,6 +151,16 @@ def test_every_row_finds_its_runs_in_its_tile(batch: list[int], limit: int) -> N
     for position, row in enumerate(plan.rows):
         expected = {run: k for k, run in enumerate(SLOTS[batch[row]].runs)}
         assert dict(plan.uses(position)) == expected
+        assert in_tile(plan, position) == list(plan.uses(position))
+
+
+def in_tile(plan: Plan, position: int) -> list[tuple[int, int]]:
+    """Read the runs of a row and their k from the matrix of its tile."""
+    tile = int(np.searchsorted(plan.tile_rows, position, side="right")) - 1
+    runs = plan.runs[plan.tile_runs[tile] : plan.tile_runs[tile + 1]].tolist()
+    ks = plan.ks[plan.tile_ks[tile] : plan.tile_ks[tile + 1]].reshape(-1, len(runs))
+    row = ks[position - plan.tile_rows[tile]].tolist()
+    return [(run, k) for run, k in zip(runs, row, strict=True) if k != ABSENT]
 
 
 @given(st.permutations([1, 1, 2, 3, 0, 6, 5, 4, 2]))
@@ -178,6 +190,44 @@ def test_composition_is_known_by_content(batch: list[int], info: SlotInfo, *, eq
     key = build_plan([0, 3, 1], SLOTS).key
 
     assert (build_plan(batch, {**SLOTS, 3: info}).key == key) is equal
+
+
+class TestPlanner:
+    """What a planner makes is what `build_plan` makes, whatever it has made before."""
+
+    @given(
+        st.lists(
+            st.tuples(st.lists(st.sampled_from([0, 1, 3, 6]), max_size=5), st.booleans()),
+            max_size=6,
+        )
+    )
+    def test_it_notices_every_change(self, steps: list[tuple[list[int], bool]]) -> None:
+        slots = dict(SLOTS)
+        planner = Planner(slots)
+        for batch, is_replaced in steps:
+            slots[3] = OTHER_VERSION if is_replaced else SLOTS[3]
+            plan, expected = planner.plan(batch), build_plan(batch, slots)
+            assert plan.key == expected.key
+            assert (plan.segments, plan.infos) == (expected.segments, expected.infos)
+            for name in ("rows", "slots", "tile_rows", "runs", "ks"):
+                assert np.array_equal(getattr(plan, name), getattr(expected, name)), name
+
+    def test_without_a_change_nothing_is_made_again(self) -> None:
+        planner = Planner(SLOTS)
+        first = planner.plan([0, 3, 1])
+        tiles = first.ks
+        again = planner.plan([0, 3, 1])
+        assert again is not first  # it is another step
+        assert again.rows is first.rows
+        assert again.ks is tiles
+
+    def test_a_row_of_a_slot_that_has_left_is_an_error(self) -> None:
+        slots = dict(SLOTS)
+        planner = Planner(slots)
+        planner.plan([1, 3])
+        del slots[3]
+        with pytest.raises(KeyError):
+            planner.plan([1, 3])
 
 
 def test_a_row_of_an_unknown_slot_is_an_error() -> None:

@@ -26,7 +26,7 @@ from oneplusn.server.messages import Sampling, Submit, TokenOutput
 from oneplusn.server.metrics import Metrics
 from oneplusn.server.streams import MAX_BUFFERED, TokenStream
 from scripted_engine import ScriptedCore, ready_message
-from serving import EngineThread, launch, wait_until
+from serving import EngineThread, launch, outputs_of, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +52,7 @@ def submit(text: str, name: str = "id", *digests: str, max_tokens: int = 1000) -
 
 
 async def text_of(stream: TokenStream) -> str:
-    tokens = [output.token async for output in stream]
+    tokens = [output.token async for output in outputs_of(stream)]
     return bytes(token for token in tokens if token is not None and token < 256).decode()
 
 
@@ -63,7 +63,7 @@ async def until(condition) -> None:
 class TestStreams:
     async def test_every_token_comes_in_order(self, engine) -> None:
         stream = engine.stream(submit("hi"))
-        outputs = [output async for output in stream]
+        outputs = [output async for output in outputs_of(stream)]
         assert [output.token for output in outputs] == [*b"hi", 257]
         assert stream.first is not None
         assert stream.submitted <= stream.first <= stream.last
@@ -79,7 +79,7 @@ class TestStreams:
     async def test_a_closed_stream_is_cancelled_before_the_next_step(self, engine, core) -> None:
         core.step_seconds = 0.01
         stream = engine.stream(submit("endless", max_tokens=100_000))
-        await anext(stream)
+        await anext(outputs_of(stream))
 
         before = core.steps
         stream.close()
@@ -98,18 +98,18 @@ class TestStreams:
         assert await text_of(quick) == "x" * 200
         await asyncio.to_thread(core.cancelled_once.wait, 10)
         with pytest.raises(RequestCancelled, match="read the stream faster"):
-            await anext(slow)
+            await anext(outputs_of(slow))
         assert core.cancelled == ["slow"]
 
     async def test_the_engine_does_not_wait_for_the_event_loop(self, engine, core) -> None:
         stream = engine.stream(submit("x" * 90))
         wait_until(lambda: core.submitted != [] and not core.requests)
-        assert len([output async for output in stream]) == 91
+        assert len([output async for output in outputs_of(stream)]) == 91
 
     async def test_a_refusal_keeps_its_class_and_what_it_says(self, engine) -> None:
         stream = engine.stream(Submit("id", [99_999], (), Sampling(max_tokens=1)))
         with pytest.raises(InvalidRequest, match="no such token") as caught:
-            await anext(stream)
+            await anext(outputs_of(stream))
         assert (caught.value.code, caught.value.param) == ("invalid_value", "prompt")
 
     @pytest.mark.parametrize(
@@ -125,9 +125,10 @@ class TestStreams:
         stream = TokenStream(submit("hi"), release=lambda _: None)
         stream.push(TokenOutput("id", 104))
         stream.push(TokenOutput("id", finish=finish, error=error))
-        assert (await anext(stream)).token == 104
+        outputs = outputs_of(stream)
+        assert (await anext(outputs)).token == 104
         with pytest.raises(raised, match=said):
-            await anext(stream)
+            await anext(outputs)
 
 
 class TestAdapters:
@@ -249,7 +250,7 @@ class TestLife:
         stream = engine.stream(submit("hi"))
         await engine.close()
         with pytest.raises(EngineStopped, match="shutting down"):
-            await anext(stream)
+            await anext(outputs_of(stream))
 
     async def test_a_fault_fails_what_is_in_flight_and_the_adapters_come_back(
         self, engine, core
@@ -276,6 +277,7 @@ class TestLife:
 
         await until(lambda: engine.ready)
         assert (engine.restarts, engine.failure, ready_before) == (1, None, [False])
+        await until(lambda: core.warmed == 1)
         assert await text_of(engine.stream(submit("hi", "c", FIRST))) == "TASK*1:hi"
 
     async def test_what_waits_for_an_adapter_fails_with_the_engine(

@@ -69,7 +69,7 @@ def test_requests_are_counted_by_route_status_and_code(http) -> None:
 
     for labels in (
         'route="/generate",status="200",code=""} 1.0',
-        'route="/v1/models/{model:path}",status="404",code="model_not_found"} 1.0',
+        'route="/v1/models/{model}",status="404",code="model_not_found"} 1.0',
         'route="unmatched",status="404",code="not_found"} 2.0',
     ):
         assert f"oneplusn_requests_total{{{labels}\n" in text

@@ -95,6 +95,13 @@ def test_answers_have_their_media_types(operations, path, types) -> None:
     assert operations["POST", path]["responses"]["200"]["content"].keys() == types
 
 
+def test_a_method_that_is_refused_is_told_which_ones_the_path_has(http, document) -> None:
+    for path, by_method in document["paths"].items():
+        answer = http.options(path.replace("{name}", "letters").replace("{model}", "add"))
+        allowed = answer.headers["allow"].split(", ")
+        assert (answer.status_code, allowed) == (405, sorted(map(str.upper, by_method))), path
+
+
 def test_limits_of_fields_are_written_down(document) -> None:
     schemas = document["components"]["schemas"]
     chat = schemas["ChatRequest"]["properties"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from typing import ClassVar
 
 import httpx
 import pytest
 
 from oneplusn.server import supervisor
+from oneplusn.server.messages import FromEngine, StepOutputs
 from oneplusn.server.settings import Settings
 from serving import Live, ScriptedCore, serving, wait_until
 
@@ -57,9 +59,53 @@ class TestDisconnect:
         wait_until(lambda: b"num_requests_running 0.0" in own.server.metrics.scrape())
 
 
+class TestWrites:
+    """What a step brings goes through the process in one piece."""
+
+    BODY: ClassVar = {"model": "tiny-base", "prompt": ["abcdefgh"] * 2, "n": 4, "stream": True}
+
+    def test_all_choices_of_a_request_share_one_write_a_step(self, own) -> None:
+        own.core.together = 8
+        events = written(own, "/v1/completions", self.BODY)
+        assert sum(map(len, events)) == 8 * 9 + 1  # every token of every choice, and the end
+        assert len(events) <= own.core.steps + 1
+        assert max(map(len, events)) >= 8
+
+    def test_all_sequences_of_a_step_share_one_message(self, own, monkeypatch) -> None:
+        received = []
+        receive = own.server.engine.receive
+
+        def count(message: FromEngine) -> None:
+            if isinstance(message, StepOutputs) and message.outputs:
+                received.append(len(message.outputs))
+            receive(message)
+
+        monkeypatch.setattr(own.server.engine, "receive", count)
+        own.core.together = 8
+        written(own, "/v1/completions", self.BODY)
+        assert received == [8] * 9
+        assert own.core.steps == 9
+
+
+def written(own: Live, path: str, body: object) -> list[list[bytes]]:
+    """Ask for a stream; return its events as they were put into chunks, a list for each."""
+    with socket.create_connection(own.url.removeprefix("http://").split(":")) as client:
+        client.sendall(posted(path, body))
+        _, _, rest = client.makefile("rb").read().partition(b"\r\n\r\n")
+    chunks = []
+    while (size := int((line := rest.partition(b"\r\n"))[0], 16)) > 0:
+        chunks.append(line[2][:size].split(b"\n\n")[:-1])
+        rest = line[2][size + 2 :]
+    return chunks
+
+
 def request_bytes(path: str, **parameters: int) -> bytes:
-    body = {**ENDLESS, "parameters": {"ignore_eos": True, **parameters}}
-    request = httpx.Request("POST", f"http://localhost{path}", json=body)
+    return posted(path, {**ENDLESS, "parameters": {"ignore_eos": True, **parameters}})
+
+
+def posted(path: str, body: object) -> bytes:
+    headers = {"connection": "close"}
+    request = httpx.Request("POST", f"http://localhost{path}", json=body, headers=headers)
     lines = [f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in request.headers.items()), "", ""]
     return "\r\n".join(lines).encode() + request.content
 

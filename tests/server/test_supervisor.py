@@ -16,7 +16,7 @@ from oneplusn.server.channel import EngineEnd
 from oneplusn.server.messages import Sampling, Submit
 from oneplusn.server.metrics import Metrics
 from scripted_engine import ScriptedCore, ready_message
-from serving import EngineThread, launch, wait_until
+from serving import EngineThread, launch, outputs_of, wait_until
 
 SUBMIT = Submit("id", [104], (), Sampling(max_tokens=4))
 
@@ -86,7 +86,8 @@ class TestInARow:
     async def test_a_request_that_was_finished_begins_the_count_again(self, engine, lives) -> None:
         for life in range(1, 2 * supervisor.MAX_FAILURES):
             await until(lambda life=life: len(lives.begun) == life and engine.ready)
-            assert [output.token async for output in engine.stream(SUBMIT)] == [104, 257]
+            outputs = outputs_of(engine.stream(SUBMIT))
+            assert [output.token async for output in outputs] == [104, 257]
             lives.begun[-1].kill()
             await until(lambda: not engine.ready)
         assert engine.alive
@@ -109,7 +110,7 @@ class TestHang:
         monkeypatch.setattr(core, "step", lambda: (released.wait(10), step())[1])
         stream = engine.stream(SUBMIT)
         with pytest.raises(EngineStopped) as caught:
-            await asyncio.wait_for(anext(stream), 5)
+            await asyncio.wait_for(anext(outputs_of(stream)), 5)
         assert caught.value.code == "engine_dead"
         released.set()  # what SIGKILL does to a process
         await until(lambda: engine.ready)

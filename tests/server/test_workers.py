@@ -38,6 +38,26 @@ pytestmark = pytest.mark.anyio
 LETTERS = small_bundle(tasks=("vowels", "upper"))
 BASE = base_for(LETTERS)
 
+FRAGILE_JOB = '''
+"""A job that breaks its process as often as the upload says."""
+import os
+from pathlib import Path
+from oneplusn.errors import AdapterMediaType
+from oneplusn.server.jobs.prepare import Request
+
+NEEDS = ()
+
+def run(request):
+    Path(request.out, "half").write_text("")
+    Path(request.out, "archive").mkdir()
+    left = Path(request.source)
+    count = int(left.read_text())
+    left.write_text(str(count - 1))
+    if count:
+        os.abort()
+    raise AdapterMediaType("it was read")
+'''
+
 ODD_JOB = '''
 """A job that misbehaves as it is told."""
 import mmap, os, sys, time
@@ -98,11 +118,14 @@ async def odd(tmp_path, monkeypatch) -> AsyncIterator[Workers]:
     """Workers with a lane of their own, whose jobs misbehave; no torch in it."""
     (tmp_path / "odd_job.py").write_text(ODD_JOB)
     # The child reads the same table.
+    (tmp_path / "fragile_job.py").write_text(FRAGILE_JOB)
     (tmp_path / "sitecustomize.py").write_text(
         "from oneplusn.server.jobs import JOBS, Job\n"
         "JOBS['odd'] = Job('odd_job', 'odd', 1.0, 64 << 20)\n"
+        "JOBS['prepare'] = Job('fragile_job', 'odd', 60.0, 64 << 20)\n"
     )
     monkeypatch.setitem(jobs.JOBS, "odd", Job("odd_job", "odd", 1.0, 64 * MIB))
+    monkeypatch.setitem(jobs.JOBS, "prepare", Job("fragile_job", "odd", 60.0, 64 * MIB))
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("ONEPLUSN_API_KEY", "secret")
@@ -184,6 +207,24 @@ class TestPrepare:
             await shared.prepare(files, out, name="letters", base=BASE)
 
 
+class TestBrokenReaders:
+    """An upload is to blame for breaking a process once it has broken a second one."""
+
+    async def test_what_broke_once_is_read_by_the_next_process(self, odd, out, tmp_path) -> None:
+        (tmp_path / "upload").write_text("1")
+        with pytest.raises(AdapterMediaType, match="it was read"):
+            await odd.prepare(tmp_path / "upload", out, name="letters", base=BASE)
+
+    async def test_what_breaks_every_process_is_refused_by_name(self, odd, out, tmp_path) -> None:
+        (tmp_path / "upload").write_text("99")
+        with pytest.raises(AdapterInvalid, match="'letters' breaks") as caught:
+            await odd.prepare(tmp_path / "upload", out, name="letters", base=BASE)
+        assert (caught.value.status_code, caught.value.code) == (422, "adapter_breaks_reader")
+        assert (tmp_path / "upload").read_text() == "97"
+        assert list(out.iterdir()) == []
+        assert await ask(odd, "hello") == "hello"
+
+
 class TestImages:
     async def test_one_that_is_missing_or_damaged_is_made_again(
         self, shared, source, tmp_path
@@ -224,7 +265,7 @@ class TestLimits:
             ("eat", "worker_memory", "more than 64 MiB of memory"),
             ("map", "worker_memory", "more than 64 MiB of memory"),
             ("fill", "worker_memory", "or a file of that size"),
-            ("crash", "worker_failed", "has been replaced"),
+            ("crash", "worker_crashed", "has been replaced"),
             ("fault", "worker_failed", "ZeroDivisionError"),
             ("cold", "worker_unavailable", "could not be loaded"),
         ],

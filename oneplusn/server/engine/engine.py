@@ -280,6 +280,10 @@ class Engine:
         """Return which versions came or left since the last call."""
         return self.residency.poll()
 
+    def warm(self) -> None:
+        """Begin to load what grammars need, beside the steps."""
+        self._grammars.warm()
+
     def step(self) -> StepOutputs:
         """Compute one batch of whatever is to be done, and say what came of it.
 

@@ -1,4 +1,4 @@
-"""Grammars at work: what the next token of a sequence may be. Loads its library on first use.
+"""Grammars at work: what the next token of a sequence may be. Loads its library when told to.
 
 A grammar is compiled on a thread of its own, where the library does not hold the interpreter's
 lock; a sequence waits for it without holding up the others. Equal grammars are compiled once.
@@ -231,7 +231,7 @@ class GrammarStore:
     """The grammars of one engine: compiled on a thread, the latest kept. Lives on its thread."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: Collection[int]) -> None:
-        """Take what a `Compiler` takes; nothing is loaded before the first grammar."""
+        """Take what a `Compiler` takes; nothing is loaded before `warm` or the first grammar."""
         self._compiler_args = (folder, vocab_size, eos_ids)
         self._known: OrderedDict[str, Future[Compiled]] = OrderedDict()
 
@@ -242,6 +242,13 @@ class GrammarStore:
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def warm(self) -> None:
+        """Begin to load what the first grammar needs; for a model that can take any."""
+        _, _, eos_ids = self._compiler_args
+        if eos_ids:
+            # What fails here fails again for the first grammar, which says so.
+            self._thread.submit(self._compiler.load)
 
     def open(self, source: str, max_tokens: int) -> Matcher:
         """Start a grammar for an output of at most `max_tokens`; equal sources are compiled once.

@@ -12,6 +12,7 @@ from oneplusn.errors import OneplusnError, WorkerFailed
 MAX_FRAME_BYTES = 64 << 20
 OUT_OF_MEMORY = "worker_memory"
 UNAVAILABLE = "worker_unavailable"
+CRASHED = "worker_crashed"
 FATAL = (OUT_OF_MEMORY, UNAVAILABLE)
 """Codes after which a worker ends itself."""
 _LENGTH_BYTES = 4

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from oneplusn.adapters.blobs import tar_bytes, tar_stream
@@ -55,6 +56,15 @@ Name = Annotated[str, Path(description="Name of the adapter.")]
 IfMatch = Annotated[
     str | None, Header(description="Generation that the adapter must have, as its ETag says.")
 ]
+
+
+class _AdapterName(StringConvertor):
+    """A name in a path: what follows a colon is what to do with the adapter."""
+
+    regex = "[^/:]+"
+
+
+register_url_convertor("adapter", _AdapterName())
 
 
 class Activate(schemas.Body):
@@ -102,13 +112,13 @@ async def list_adapters(
     }
 
 
-@router.get("/v1/adapters/{name}", responses=fails(404))
+@router.get("/v1/adapters/{name:adapter}", responses=fails(404))
 async def show_adapter(name: Name, server: ServerDep) -> JSONResponse:
     """Show an adapter, with all its versions."""
     return _answer(server, name)
 
 
-@router.get("/v1/adapters/{name}/versions", responses=fails(404))
+@router.get("/v1/adapters/{name:adapter}/versions", responses=fails(404))
 async def list_versions(name: Name, server: ServerDep) -> dict[str, Any]:
     """List the versions of an adapter, oldest first."""
     versions = server.registry.versions(name)
@@ -116,7 +126,7 @@ async def list_versions(name: Name, server: ServerDep) -> dict[str, Any]:
 
 
 @router.get(
-    "/v1/adapters/{name}/download",
+    "/v1/adapters/{name:adapter}/download",
     response_class=StreamingResponse,
     responses={200: {"content": {"application/x-tar": {}}}, **fails(400, 404)},
 )
@@ -137,7 +147,10 @@ async def download_adapter(
     return StreamingResponse(body, media_type="application/x-tar", headers=headers)
 
 
-@reading.put("/v1/adapters/{name}", responses={**READS_BODY, **fails(400, 404, 409, 412, 413, 415)})
+@reading.put(
+    "/v1/adapters/{name:adapter}",
+    responses={**READS_BODY, **fails(400, 404, 409, 412, 413, 415)},
+)
 async def activate_version(
     name: Name, body: Activate, server: ServerDep, if_match: IfMatch = None
 ) -> JSONResponse:
@@ -146,21 +159,21 @@ async def activate_version(
     return _answer(server, name)
 
 
-@router.post("/v1/adapters/{name}:rollback", responses=fails(400, 404, 409, 412))
+@router.post("/v1/adapters/{name:adapter}:rollback", responses=fails(400, 404, 409, 412))
 async def roll_back(name: Name, server: ServerDep, if_match: IfMatch = None) -> JSONResponse:
     """Let the adapter's tasks mean what they meant before the last change."""
     await server.swaps.rollback(name, if_match=_generation(if_match))
     return _answer(server, name)
 
 
-@router.post("/v1/adapters/{name}:deactivate", responses=fails(404, 409))
+@router.post("/v1/adapters/{name:adapter}:deactivate", responses=fails(404, 409))
 async def deactivate(name: Name, server: ServerDep) -> JSONResponse:
     """Let the adapter's tasks mean nothing; its versions stay."""
     await server.swaps.deactivate(name)
     return _answer(server, name)
 
 
-@router.post("/v1/adapters/{name}:pin", responses=fails(400, 404, 409))
+@router.post("/v1/adapters/{name:adapter}:pin", responses=fails(400, 404, 409))
 async def pin_adapter(
     name: Name,
     server: ServerDep,
@@ -171,7 +184,7 @@ async def pin_adapter(
     return _answer(server, name)
 
 
-@router.post("/v1/adapters/{name}:load", responses=fails(404, 409, 422))
+@router.post("/v1/adapters/{name:adapter}:load", responses=fails(404, 409, 422))
 async def load_adapter(name: Name, server: ServerDep) -> JSONResponse:
     """Bring an adapter into memory before anybody asks for it."""
     num_bytes = await server.swaps.load(name)
@@ -179,7 +192,7 @@ async def load_adapter(name: Name, server: ServerDep) -> JSONResponse:
 
 
 @router.post(
-    "/v1/adapters/{name}:unload",
+    "/v1/adapters/{name:adapter}:unload",
     responses={
         202: {"description": "Requests still use it; it leaves after them."},
         **fails(400, 404, 409),
@@ -200,7 +213,7 @@ async def unload_adapter(
     return _answer(server, name, bytes_freed=freed)
 
 
-@router.delete("/v1/adapters/{name}", responses=fails(400, 404, 409, 412))
+@router.delete("/v1/adapters/{name:adapter}", responses=fails(400, 404, 409, 412))
 async def delete_adapter(
     name: Name,
     server: ServerDep,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from oneplusn.server.batches import Batch
-from oneplusn.server.inference import Job
+from oneplusn.server.inference import Delta, Job
 from oneplusn.server.messages import TokenOutput
 from oneplusn.server.routes.common import (
     FINGERPRINT,
@@ -40,7 +40,7 @@ from oneplusn.server.schemas_openai import ChatRequest
 from oneplusn.server.state import Server
 from oneplusn.server.text import Tokenizer
 from oneplusn.server.toolspecs import ToolPlan
-from oneplusn.server.web import JsonRoute, stream_events, until_disconnect
+from oneplusn.server.web import Json, JsonRoute, stream_events, until_disconnect
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"])
 
@@ -86,7 +86,7 @@ async def chat_completions(
         "usage": usage(batch.generations, choices=body.n),
         "oneplusn": await full_extension(server, batch.targets[0], body.oneplusn),
     }
-    return JSONResponse(content, headers=headers(batch.targets))
+    return Json(content, headers=headers(batch.targets))
 
 
 async def _jobs(server: Server, body: ChatRequest, plan: ToolPlan | None) -> list[Job]:
@@ -122,37 +122,67 @@ async def _events(
     plan: ToolPlan | None,
     batch: Batch,
     head: dict[str, Any],
-) -> AsyncGenerator[dict[str, Any], None]:
-    tokenizer = server.inference.tokenizer
-    begun: dict[int, AnswerStream] = {}
+) -> AsyncGenerator[Iterator[dict[str, Any]], None]:
     with batch:
         target = batch.targets[0]
         head |= {"object": "chat.completion.chunk", "oneplusn": extension(target)}
         opening = await full_extension(server, target, body.oneplusn)
+        chunks = _Chunks(server.inference.tokenizer, body, plan, batch, head, opening)
         try:
-            async for index, delta in batch.deltas():
-                if body.include_usage:
-                    now = usage(batch.generations, choices=body.n)
-                    head["usage"] = now if body.continuous_usage else None
-                if index not in begun:
-                    chunk = _chunk(index, {"role": "assistant", "content": ""})
-                    yield {**head, "choices": [chunk], **({} if begun else {"oneplusn": opening})}
-                    begun[index] = AnswerStream(plan)
-                answer, reason = begun[index], delta.finish_reason
-                logprobs = _logprobs(tokenizer, body, [delta.output])
-                changes = answer.push(delta.text, is_last=reason is not None)
-                for change in changes or ([{"content": ""}] if logprobs else []):
-                    yield {**head, "choices": [_chunk(index, change, logprobs=logprobs)]}
-                    logprobs = None
-                if reason is not None:
-                    reason = finish_reason(reason, has_calls=answer.has_calls)
-                    stop = batch.generations[index].stop_reason
-                    yield {**head, "choices": [_last_chunk(index, reason, stop)]}
+            async for pieces in batch.deltas():
+                yield chunks.of(pieces)
             if body.include_usage:
                 counts = usage(batch.generations, choices=body.n)
-                yield {**head, "choices": [], "usage": counts}
+                yield iter([{**head, "choices": [], "usage": counts}])
         finally:
             note(request, batch.generations)
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """What a stream says of the pieces of its answers.
+
+    Attributes:
+        head: What all chunks have in common.
+        opening: What the first one says of the versions that answer.
+        begun: The answers that have begun.
+    """
+
+    tokenizer: Tokenizer
+    body: ChatRequest
+    plan: ToolPlan | None
+    batch: Batch
+    head: dict[str, Any]
+    opening: dict[str, Any]
+    begun: dict[int, AnswerStream] = field(default_factory=dict)
+
+    def of(self, pieces: Iterator[tuple[int, Delta]]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of the pieces of one step."""
+        for index, delta in pieces:
+            if self.body.include_usage:
+                now = usage(self.batch.generations, choices=self.body.n)
+                self.head["usage"] = now if self.body.continuous_usage else None
+            if index not in self.begun:
+                yield self._first(index)
+                self.begun[index] = AnswerStream(self.plan)
+            yield from self._piece(index, delta)
+
+    def _first(self, index: int) -> dict[str, Any]:
+        told = {} if self.begun else {"oneplusn": self.opening}
+        chunk = _chunk(index, {"role": "assistant", "content": ""})
+        return {**self.head, "choices": [chunk], **told}
+
+    def _piece(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        head, answer, reason = self.head, self.begun[index], delta.finish_reason
+        logprobs = _logprobs(self.tokenizer, self.body, [delta.output])
+        changes = answer.push(delta.text, is_last=reason is not None)
+        for change in changes or ([{"content": ""}] if logprobs else []):
+            yield {**head, "choices": [_chunk(index, change, logprobs=logprobs)]}
+            logprobs = None
+        if reason is not None:
+            reason = finish_reason(reason, has_calls=answer.has_calls)
+            stop = self.batch.generations[index].stop_reason
+            yield {**head, "choices": [_last_chunk(index, reason, stop)]}
 
 
 def _chunk(

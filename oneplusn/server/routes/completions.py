@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from oneplusn.server.batches import Batch
-from oneplusn.server.inference import Inference, Job
+from oneplusn.server.inference import Delta, Inference, Job
 from oneplusn.server.messages import TokenOutput
 from oneplusn.server.offload import offload
 from oneplusn.server.routes.common import (
@@ -33,7 +34,7 @@ from oneplusn.server.routes.common import (
 from oneplusn.server.schemas_openai import CompletionRequest
 from oneplusn.server.state import Server
 from oneplusn.server.text import Tokenizer
-from oneplusn.server.web import JsonRoute, stream_events, until_disconnect
+from oneplusn.server.web import Json, JsonRoute, stream_events, until_disconnect
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"])
 
@@ -79,7 +80,7 @@ async def completions(
         "usage": usage(batch.generations, choices=body.n),
         "oneplusn": await full_extension(server, batch.targets[0], body.oneplusn),
     }
-    return JSONResponse(content, headers=headers(batch.targets))
+    return Json(content, headers=headers(batch.targets))
 
 
 async def _encode(inference: Inference, body: CompletionRequest) -> list[list[int]]:
@@ -120,33 +121,60 @@ async def _events(
     batch: Batch,
     head: dict[str, Any],
     echoes: list[str],
-) -> AsyncGenerator[dict[str, Any], None]:
-    tokenizer = server.inference.tokenizer
+) -> AsyncGenerator[Iterator[dict[str, Any]], None]:
     with batch:
         target = batch.targets[0]
         head["oneplusn"] = await full_extension(server, target, body.oneplusn)
+        later = {**head, "oneplusn": extension(target)}
         unsent = dict(enumerate(echoes))
-        offsets = dict.fromkeys(unsent, 0)
+        chunks = _Chunks(server.inference.tokenizer, body, batch, head, later, unsent)
         try:
-            async for index, delta in batch.deltas():
-                if body.include_usage:
-                    now = usage(batch.generations, choices=body.n)
-                    head["usage"] = now if body.continuous_usage else None
-                text = unsent.pop(index, "") + delta.text
-                logprobs = _logprobs(tokenizer, body, [delta.output], offsets[index])
-                if logprobs:
-                    offsets[index] += sum(map(len, logprobs["tokens"]))
-                if text or logprobs or delta.finish_reason:
-                    choice = _choice(index, text, logprobs, delta.finish_reason)
-                    if delta.finish_reason is not None:
-                        choice["stop_reason"] = batch.generations[index].stop_reason
-                    yield {**head, "choices": [choice]}
-                    head["oneplusn"] = extension(target)
+            async for pieces in batch.deltas():
+                yield chunks.of(pieces)
             if body.include_usage:
                 counts = usage(batch.generations, choices=body.n)
-                yield {**head, "choices": [], "usage": counts}
+                yield iter([{**later, "choices": [], "usage": counts}])
         finally:
             note(request, batch.generations)
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """What a stream says of the pieces of its answers.
+
+    Attributes:
+        head: What the next chunk begins with: the first one tells of all that was asked for.
+        later: What the others begin with.
+        unsent: What stands before answers that have not begun.
+        offsets: Where the next token begins in each answer.
+    """
+
+    tokenizer: Tokenizer
+    body: CompletionRequest
+    batch: Batch
+    head: dict[str, Any]
+    later: dict[str, Any]
+    unsent: dict[int, str]
+    offsets: Counter[int] = field(default_factory=Counter)
+
+    def of(self, pieces: Iterator[tuple[int, Delta]]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of the pieces of one step."""
+        generations = self.batch.generations
+        for index, delta in pieces:
+            text = self.unsent.pop(index, "") + delta.text
+            logprobs = _logprobs(self.tokenizer, self.body, [delta.output], self.offsets[index])
+            if logprobs:
+                self.offsets[index] += sum(map(len, logprobs["tokens"]))
+            if text or logprobs or delta.finish_reason:
+                choice = _choice(index, text, logprobs, delta.finish_reason)
+                if delta.finish_reason is not None:
+                    choice["stop_reason"] = generations[index].stop_reason
+                chunk = {**self.head, "choices": [choice]}
+                self.head = self.later
+                if self.body.include_usage:
+                    now = usage(generations, choices=self.body.n)
+                    chunk["usage"] = now if self.body.continuous_usage else None
+                yield chunk
 
 
 def _choice(

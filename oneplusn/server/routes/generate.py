@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from oneplusn.errors import InvalidRequest
 from oneplusn.server.auth import Principal
@@ -34,7 +34,7 @@ from oneplusn.server.schemas_generate import (
     StreamableGenerateRequest,
 )
 from oneplusn.server.state import Server
-from oneplusn.server.web import JsonRoute, stream_events, until_disconnect
+from oneplusn.server.web import Json, JsonRoute, stream_events, until_disconnect
 
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
@@ -47,7 +47,7 @@ async def generate(
     batch = await _run(request, body, server, who)
     answers = _answers(server.inference, body, batch)
     content = answers if isinstance(body.inputs, list) else answers[0]
-    return JSONResponse(content, headers=headers(batch.targets))
+    return Json(content, headers=headers(batch.targets))
 
 
 @router.post("/generate_stream", responses={**INFERS, **STREAMS}, response_class=Response)
@@ -67,7 +67,7 @@ async def generate_compatibly(
         return await _stream(request, body, server, who)
     batch = await _run(request, body, server, who)
     answers = _answers(server.inference, body, batch)
-    return JSONResponse(answers, headers=headers(batch.targets))
+    return Json(answers, headers=headers(batch.targets))
 
 
 async def _run(request: Request, body: GenerateRequest, server: Server, who: Principal) -> Batch:
@@ -85,7 +85,7 @@ async def _stream(
         msg = f"inputs lists {len(body.inputs)} texts; a stream takes one: send it as a string"
         raise InvalidRequest(msg, param="inputs")
     batch = open_batch(request, server, who, await _jobs(server, body))
-    events = _events(request, server.inference, body, batch)
+    events = _events(request, server, body, batch)
     return await stream_events(request, events, done=False, headers=lambda: headers(batch.targets))
 
 
@@ -114,14 +114,15 @@ async def _jobs(server: Server, body: GenerateRequest) -> list[Job]:
 
 
 async def _events(
-    request: Request, inference: Inference, body: GenerateRequest, batch: Batch
-) -> AsyncGenerator[dict[str, Any], None]:
+    request: Request, server: Server, body: GenerateRequest, batch: Batch
+) -> AsyncGenerator[Iterator[dict[str, Any]], None]:
     ((text, _),) = body.pairs
     with batch:
         (generation,) = batch.generations
+        event = partial(_event, server.inference, body, text, generation)
         try:
-            async for delta in inference.deltas(generation):
-                yield _event(inference, body, text, generation, delta)
+            async for pieces in batch.deltas():
+                yield (event(delta) for _, delta in pieces)
         finally:
             note(request, [generation])
 

@@ -10,9 +10,8 @@ from oneplusn.adapters.registry import Blend, Version
 from oneplusn.errors import InvalidRequest, UnknownTask
 from oneplusn.server import schemas
 from oneplusn.server.routes.common import READS_BODY, ServerDep, fails
-from oneplusn.server.state import Server
 from oneplusn.server.targets import sampling_defaults
-from oneplusn.server.web import JsonRoute
+from oneplusn.server.web import Json, JsonRoute
 
 router = APIRouter(route_class=JsonRoute, tags=["tasks"])
 
@@ -25,20 +24,21 @@ class SaveBlend(schemas.Body):
     blend: schemas.Blend
 
 
-@router.get("/v1/tasks", responses=fails())
-async def list_tasks(server: ServerDep) -> dict[str, Any]:
+@router.get("/v1/tasks", responses=fails(), response_model=dict[str, Any])
+async def list_tasks(server: ServerDep) -> Response:
     """List every task with its cluster and the version that is active, then the saved blends."""
-    return {"object": "list", "data": _tasks(server)}
+    tasks = (_task(*task) for task in server.registry.tasks())
+    return Json({"object": "list", "data": [*tasks, *map(_blend, server.registry.blends())]})
 
 
 @router.get("/v1/tasks/{name}", responses=fails(404))
 async def show_task(name: TaskName, server: ServerDep) -> dict[str, Any]:
     """Show one task or saved blend."""
-    for entry in _tasks(server):
-        if entry["name"] == name:
-            return entry
-    msg = f"no task is called {name[:100]!r}; GET /v1/tasks lists them"
-    raise UnknownTask(msg, param="name")
+    found = server.registry.find(name)
+    if found is None:
+        msg = f"no task is called {name[:100]!r}; GET /v1/tasks lists them"
+        raise UnknownTask(msg, param="name")
+    return _blend(found) if isinstance(found, Blend) else _task(name, found)
 
 
 @router.put("/v1/tasks/{name}", responses={**READS_BODY, **fails(404, 409)})
@@ -62,11 +62,6 @@ async def delete_blend(name: TaskName, server: ServerDep) -> Response:
     """Forget a saved blend; the tasks of an adapter go with the adapter alone."""
     server.registry.delete_blend(name)
     return Response(status_code=204)
-
-
-def _tasks(server: Server) -> list[dict[str, Any]]:
-    tasks = [_task(task, version) for task, version in server.registry.tasks()]
-    return [*tasks, *map(_blend, server.registry.blends())]
 
 
 def _task(task: str, version: Version) -> dict[str, Any]:
