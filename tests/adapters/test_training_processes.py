@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ import yaml
 from oneplusn.adapters.files import read_adapter
 from oneplusn.adapters.training.record import TrainingRecord
 from oneplusn.adapters.training.run import Options, run
+from oneplusn.demo.build import CONFIGS, accuracy
+from oneplusn.demo.corpus import tasks_of
+from oneplusn.demo.tasks import CLUSTERS
+from oneplusn.server.engine.llm import Engine
+from oneplusn.server.engine.model import demo_data
 from tolerances import assert_close
 from training_cases import config, content, rows, save_base, write_rows
 
@@ -69,3 +75,22 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(folder):
     _, errors, code = distributed(folder, "--resume", training={"batch_size": 2, **short})
     assert code == 0, errors
     assert read_adapter(two / "bundle", name="two").digest == digest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_demos_files_train_what_ships(cluster, tmp_path):
+    """As docs/training.md says it, for some minutes a cluster; 512 inputs, of which ten may err."""
+    for line in (
+        ["oneplusn.demo.corpus", "demo-data"],
+        ["oneplusn.cli", "train", str(CONFIGS / f"{cluster}.yaml")],
+    ):
+        subprocess.run([sys.executable, "-P", "-m", *line], cwd=tmp_path, check=True)
+    shipped = json.loads((demo_data() / "accuracy.json").read_text())
+    bundle = tmp_path / "demo-runs" / cluster / "bundle"
+    with Engine(demo_data() / "base", adapters={cluster: bundle}, threads=1) as engine:
+        again = accuracy(engine, tasks_of(cluster), shipped["n"], adapted=True)
+    for row in shipped["tasks"]:
+        if row["cluster"] == cluster:
+            assert again[row["task"]] >= row["accuracy"] - 0.02

@@ -311,6 +311,25 @@ def test_bad_input_is_refused_before_the_first_step(folder, changes, data, reaso
     assert not (folder / "runs").exists()
 
 
+UNFIT = {
+    "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, 1, "FSDP cannot checkpoint .*; launch without it"),
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, 1, "DeepSpeed cannot checkpoint"),
+    "DataParallel": ({}, 2, r"2 GPUs.* --num-processes 2 .*CUDA_VISIBLE_DEVICES=0"),
+}
+
+
+@pytest.mark.parametrize(("variables", "gpus", "reason"), UNFIT.values(), ids=UNFIT)
+def test_processes_that_cannot_train_are_refused_before_the_first_step(
+    folder, monkeypatch, variables, gpus, reason
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InvalidRequest, match=reason):
+        run(config(folder), Options(**QUIET))
+    assert not (folder / "runs").exists()
+
+
 def test_a_share_of_every_task_is_held_out(folder):
     settings = config(
         folder,

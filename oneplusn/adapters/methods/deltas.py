@@ -174,22 +174,26 @@ class FactorDelta(Delta):
         self.b = nn.Parameter(torch.zeros(num_splits, num_experts, rank, outputs))
 
     def prepare(self, gates: Tensor) -> Tensor:
-        """Flatten the blocks: [..., q * E]."""
-        return gates.flatten(-2)
+        """Return the weight of every rank row of every block: [..., q * E * r]."""
+        return gates.repeat_interleave(self.a.shape[2], dim=-1).flatten(-2)
 
     def mix(self, x: Tensor, rows: Tensor) -> Tensor:
         """Shrink with all experts and sum under the weights; spread, expand with all experts.
 
         The mixed factors of a row are never formed: r numbers per row stand between the two
-        products, as w enters linearly on either side.
+        products, as w enters linearly on either side. What is widest, [q, B, T, E * r], is
+        multiplied with weights of the same last axis, so that its memory is read in order.
         """
-        num_splits, num_experts, _, _ = self.a.shape
-        weights = rows.unflatten(-1, (num_splits, num_experts)).unsqueeze(-1)
-        blocks = x.unflatten(-1, (num_splits, -1))
-        shrunk = torch.einsum("btqk,qerk->btqer", blocks, self.a.to(x.dtype))
-        mixed = (shrunk * weights).sum((2, 3), keepdim=True)
-        spread = (mixed * weights * self.scale).to(x.dtype)
-        return torch.einsum("btqer,qern->btqn", spread, self.b.to(x.dtype)).flatten(-2)
+        num_splits, num_experts, rank, _ = self.a.shape
+        weights = rows.unflatten(-1, (num_splits, -1)).movedim(2, 0)  # [q, B, 1 or T, E * r]
+        blocks = x.unflatten(-1, (num_splits, -1)).flatten(0, 1).transpose(0, 1)
+        shrunk = torch.bmm(blocks, self.a.to(x.dtype).flatten(1, 2).mT)
+        shrunk = shrunk.unflatten(1, x.shape[:2])  # [q, B, T, E * r]
+        mixed = (shrunk * weights).sum(0).unflatten(-1, (num_experts, rank)).sum(-2) * self.scale
+        spread = mixed.repeat(1, 1, num_experts) * weights
+        expanded = torch.bmm(spread.to(x.dtype).flatten(1, 2), self.b.to(x.dtype).flatten(1, 2))
+        output: Tensor = expanded.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
+        return output
 
     def export(self, gates: Tensor, dtype: torch.dtype) -> ModuleDelta:
         """Mix the factors of every task in fp32: one LoRA of rank r each, gated one to one."""

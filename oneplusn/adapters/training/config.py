@@ -75,7 +75,10 @@ class TrainSettings:
         description="How the rates fall from their peak: linear, cosine, or not at all.",
     )
     warmup: Float = Field(
-        default=0.06, ge=0, lt=1, description="Share of the steps in which the rates rise."
+        default=0.06,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the rates rise; raise it when seeds collapse.",
     )
     weight_decay: Float = Field(
         default=0.0, ge=0, description="Weight decay of the experts; gates have none."

@@ -22,6 +22,7 @@ from oneplusn.adapters.training.callbacks import is_over
 from oneplusn.adapters.training.checkpoints import whole_checkpoints
 from oneplusn.adapters.training.config import TrainConfig, changed
 from oneplusn.adapters.training.data import Collate
+from oneplusn.adapters.training.launch import check_launch
 from oneplusn.adapters.training.metrics import Logits, measure
 from oneplusn.adapters.training.model import ClusterModel
 from oneplusn.adapters.training.prepare import Job, Prepared, prepare
@@ -85,10 +86,12 @@ def run(config: TrainConfig, options: Options | None = None) -> list[Trained]:
         options: see `Options`.
 
     Raises:
-        InvalidRequest: bad input, or a training that diverged.
+        InvalidRequest: bad input, processes that were started in a way that cannot train, or a
+            training that diverged.
         AdapterInvalid: a name that no adapter may have.
     """
     options = options or Options()
+    check_launch()
     processes = PartialState(cpu=not torch.cuda.is_available())
     say = options.say if processes.is_main_process else _silent
     prepared = prepare(config, processes.device)

@@ -31,6 +31,7 @@ from oneplusn.adapters.training.callbacks import EVAL_LOSS, EarlyEnd, ProgressBa
 from oneplusn.adapters.training.checkpoints import best_checkpoint, whole_checkpoints
 from oneplusn.adapters.training.config import TrainSettings
 from oneplusn.adapters.training.data import Collate, Encoded
+from oneplusn.adapters.training.launch import check_launch
 from oneplusn.adapters.training.metrics import TaskLosses, ValidationMetrics, completion_losses
 from oneplusn.adapters.training.model import ClusterModel
 from oneplusn.adapters.training.packing import PackedDataset, PackedSampler
@@ -135,7 +136,11 @@ class ClusterTrainer(Trainer):
             settings: how.
             folder: for the Trainer's own files; the plan's where that keeps checkpoints.
             callbacks: further ones of the caller.
+
+        Raises:
+            InvalidRequest: the processes were started in a way that cannot train a cluster.
         """
+        check_launch()
         tasks = model.method.tasks
         self._cluster = model
         self._settings = settings
