@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 from pathlib import Path
@@ -43,6 +45,17 @@ def available_memory(root: Path = _ROOT) -> int:
         if limit is not None and limit.isdigit() and used is not None:
             free.append(int(limit) - int(used))
     return max(0, min(free))
+
+
+def give_memory_back() -> None:
+    """Return what is freed to the system, where the C library would keep it for later.
+
+    After a model was loaded, probed and packed that is several times its size.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def allow_files(wanted: int) -> int:

@@ -23,7 +23,7 @@ from oneplusn.server.engine.families import accelerate
 from oneplusn.server.engine.linear import CompiledLinear, PackedLinear, pack_linears
 from oneplusn.server.engine.memory import check_weights_fit
 from oneplusn.server.engine.probe import ProbeReport, probe
-from oneplusn.server.host import free_cores
+from oneplusn.server.host import free_cores, give_memory_back
 
 DEMO = "demo"
 DTYPES = {
@@ -120,6 +120,9 @@ def prepare_model(model: PreTrainedModel, folder: Path, *, fingerprint: str = ""
     max_model_len = _max_model_len(model.config, report.layers)
     accelerate(model)
     pack_linears(model)
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()  # of a mapped file, the little that is still used
+    give_memory_back()
     return LoadedModel(
         model=model,
         folder=folder,
