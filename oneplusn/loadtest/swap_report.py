@@ -10,7 +10,7 @@ from oneplusn.loadtest.report import table
 
 ITL_TARGET = 1.10
 FIRST_TOKEN_TARGET_MS = 300.0
-FIRST_TOKEN_RECORD = "docs/decisions/0007-swap-latency.md"
+WHY_SLOWER = "docs/decisions/0007-swap-latency.md"
 """Where it is written, with the trace, why two busy cores do not reach it."""
 SHOWN_FAULTS = 10
 
@@ -75,7 +75,7 @@ class Findings:
         if first is None or first < FIRST_TOKEN_TARGET_MS:
             return []
         target = f"target {FIRST_TOKEN_TARGET_MS:.0f} ms"
-        return [f"upload to first token {first:.0f} ms, {target}: {FIRST_TOKEN_RECORD} says why"]
+        return [f"upload to first token {first:.0f} ms, {target}: {WHY_SLOWER} says why"]
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
