@@ -10,7 +10,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,10 +27,11 @@ from oneplusn.server.app import create_app
 from oneplusn.server.channel import EngineEnd
 from oneplusn.server.engine_process import Loop
 from oneplusn.server.jobs import JOBS
-from oneplusn.server.messages import Fatal, Freed, Loaded, Ready
+from oneplusn.server.messages import Fatal, Freed, Loaded, Ready, TokenOutput
 from oneplusn.server.serve import uvicorn_config
 from oneplusn.server.settings import Settings
 from oneplusn.server.state import Server
+from oneplusn.server.streams import TokenStream
 from oneplusn.server.supervisor import Launch
 from oneplusn.server.workers import Workers
 from scripted_engine import CONTEXT as CONTEXT
@@ -103,6 +104,20 @@ def launch(core: ScriptedCore, folder: Path, context: int = CONTEXT) -> Launch:
     """Start engines that share a script, for a model whose tokenizer is made in `folder`."""
     build_tokenizer(folder)
     return lambda address: EngineThread(core, ready_message(folder, context), address)
+
+
+async def outputs_of(stream: TokenStream) -> AsyncIterator[TokenOutput]:
+    """Read a stream as whoever answers it does."""
+    while True:
+        await stream.wake.wait()
+        stream.wake.clear()
+        failure = stream.failure
+        for output in stream.take():
+            yield output
+            if output.finish is not None:
+                return
+        if failure is not None:
+            raise failure
 
 
 class InlineWorkers(Workers):
