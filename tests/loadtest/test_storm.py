@@ -10,7 +10,7 @@ from oneplusn.loadtest.churn import Package, Swap
 from oneplusn.loadtest.drive import Record
 from oneplusn.loadtest.storm import Ledger, new_versions
 from oneplusn.loadtest.stream import Answer, LoadFailed
-from oneplusn.loadtest.swap_report import Findings, Pair
+from oneplusn.loadtest.swap_report import WHY_SLOWER, Findings, Pair
 from oneplusn.loadtest.workload import Planned
 
 
@@ -117,8 +117,8 @@ PAIRS = [Pair(50.0, 52.0, 2), Pair(50.0, 90.0, 2), Pair(50.0, 55.0, 2)]
         ({"pairs": PAIRS[:2] * 2}, ["others' inter-token p99 at 1.42x, target 1.1x"]),
         ({"pairs": [Pair(50.0, 50.0, 5)]}, ["5 of 6 flips"]),
         (
-            {"uploads": {"p50_upload_to_first_token_ms": 300.0}},
-            ["upload to first token 300.0 ms, target 300 ms"],
+            {"uploads": {"p50_upload_to_first_token_ms": None}},
+            ["upload to first token not measured"],
         ),
     ],
 )
@@ -127,3 +127,13 @@ def test_a_target_that_is_missed_is_named(changes, missed) -> None:
     findings = Findings(setting={"flips": 6}, machine={}, **made)
 
     assert findings.missed == missed
+
+
+@pytest.mark.parametrize(("first", "count"), [(None, 0), (299.0, 0), (300.0, 1)])
+def test_a_slow_first_token_is_named_with_the_record_that_says_why(first, count) -> None:
+    findings = Findings(
+        setting={"flips": 6}, machine={}, uploads={"p50_upload_to_first_token_ms": first}
+    )
+    assert len(findings.excused) == count
+    assert all(WHY_SLOWER in line for line in findings.excused)
+    assert (Path(__file__).parents[2] / WHY_SLOWER).is_file()
