@@ -154,7 +154,9 @@ class Server:
         name = self.settings.base_name
         self._registry = registry = self._open_data(name)
         follow_registry(self.metrics, registry, self.data)
-        self.workers.start()
+        bundles = {**self._packaged(), **self.settings.adapter}
+        if bundles:
+            self.workers.start()
         model = await self.engine.start()
         if model.base_fingerprint:
             registry.bind(model.base_fingerprint)
@@ -168,7 +170,7 @@ class Server:
         self.engine.on_ready = swaps.load_active
         with _naming("of the data folder"):
             await swaps.load_active()
-        for adapter, path in {**self._packaged(), **self.settings.adapter}.items():
+        for adapter, path in bundles.items():
             with _naming(repr(adapter)):
                 await swaps.publish(path, adapter)
         for task, _ in registry.tasks():

@@ -1,8 +1,9 @@
 """Workers: child processes that do what may take long, fail or be hostile, one job at a time.
 
-A child is started once and keeps what it has imported. It is killed when a job takes too long, and
-dies when one takes too much memory or breaks it; another takes its place at once. It runs at low
-priority and on one thread, so that the engine does not notice.
+A child keeps what it has imported, and the one that reads adapters, which holds 230 MB of it, ends
+when nothing has been uploaded for a minute. It is killed when a job takes too long, and dies when
+one takes too much memory or breaks it; another takes its place at once. It runs at low priority and
+on one thread, so that the engine does not notice.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from oneplusn.server.settings import ENV_PREFIX, Settings
 GIB = 1 << 30
 START_SECONDS = 120.0
 """How long a new process may take to import what its jobs need."""
+IDLE_SECONDS = {"adapters": 60.0}
+"""How long the process of a lane is kept for nothing; that of another lane stays."""
 TRIES = 2
 """Processes that an upload may break before it is to blame."""
 # One thread each: more would wait for the engine's at every product.
@@ -88,7 +91,11 @@ class Workers:
         )
 
     def start(self) -> None:
-        """Start the process that reads adapters, which takes it seconds, and do not wait for it."""
+        """Start the process that reads adapters, which takes it seconds, and do not wait for it.
+
+        Raises:
+            WorkerFailed: There can be none.
+        """
         self._lane("adapters").start()
 
     async def prepare(
@@ -200,15 +207,22 @@ class Workers:
 
     def _lane(self, name: str) -> _Lane:
         if name not in self._lanes:
-            self._lanes[name] = _Lane(name)
+            self._lanes[name] = _Lane(name, IDLE_SECONDS.get(name))
         return self._lanes[name]
 
 
 class _Lane:
-    """One process, and the jobs that wait for it."""
+    """One process, and the jobs that wait for it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: As the table of jobs has it.
+        idle_seconds: How long the process is kept without a job; None is for good.
+    """
+
+    def __init__(self, name: str, idle_seconds: float | None) -> None:
         self.name = name
+        self._idle_seconds = idle_seconds
+        self._rest: asyncio.Task[None] | None = None
         self.jobs: set[asyncio.Task[Reply]] = set()
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"worker-{name}")
@@ -229,6 +243,7 @@ class _Lane:
             except OSError as error:
                 msg = f"a worker process could not be started: {error.strerror}"
                 raise WorkerFailed(msg, code=UNAVAILABLE) from error
+        self._stay()
         return self._child
 
     def submit(self, kind: str, request: msgspec.Struct) -> asyncio.Task[Reply]:
@@ -244,6 +259,8 @@ class _Lane:
     async def close(self) -> None:
         """End the process, and with it the jobs."""
         self._is_closed = True
+        if self._rest is not None:
+            self._rest.cancel()
         if self._child is not None:
             self._child.kill()
         if self.jobs:
@@ -257,6 +274,24 @@ class _Lane:
         self.jobs.discard(task)
         if not task.cancelled():
             task.exception()
+        if not self._is_closed:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Let the time begin anew after which the process is not kept any more."""
+        if self._idle_seconds is None:
+            return
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = asyncio.create_task(self._end_after(self._idle_seconds))
+
+    async def _end_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        if self.jobs:
+            return  # the last of them begins the time anew
+        async with self._turn:
+            if self._child is not None:
+                await asyncio.shield(self._retire(self._child))
 
     async def _run(self, kind: str, request: msgspec.Struct) -> Reply:
         async with self._turn:

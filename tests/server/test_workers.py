@@ -27,11 +27,12 @@ from oneplusn.errors import (
     QueueFull,
     WorkerFailed,
 )
-from oneplusn.server import jobs
+from oneplusn.server import jobs, workers
 from oneplusn.server.grammars import Grammars, GrammarSpec
 from oneplusn.server.jobs import MIB, Job
 from oneplusn.server.workers import Workers
 from prepared_bundles import base_for, prepared
+from serving import wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -79,6 +80,7 @@ def warm(request):
 def run(request):
     match request.what:
         case "sleep": time.sleep(60)
+        case "slow": time.sleep(0.3)
         case "spin":
             while True: pass
         case "eat":
@@ -326,6 +328,18 @@ class TestProcess:
         os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert int(await ask(odd, "pid")) != pid
+
+    async def test_one_that_nobody_needs_ends_and_the_next_job_has_another(
+        self, odd, monkeypatch
+    ) -> None:
+        monkeypatch.setitem(workers.IDLE_SECONDS, "odd", 0.05)
+        first = int(await ask(odd, "pid"))
+        await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{first}").exists())
+        assert int(await ask(odd, "pid")) != first
+
+    async def test_it_is_not_ended_in_a_job_that_takes_longer(self, odd, monkeypatch) -> None:
+        monkeypatch.setitem(workers.IDLE_SECONDS, "odd", 0.05)
+        assert await ask(odd, "slow") == "slow"
 
     async def test_a_caller_that_goes_away_does_not_disturb_the_next(self, odd) -> None:
         await ask(odd, "hello")

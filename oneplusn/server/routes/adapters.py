@@ -231,6 +231,7 @@ router.include_router(reading)
 async def _publish(request: Request, server: Server, if_match: int | None) -> JSONResponse:
     """Receive, check, load and activate; whatever fails, nothing stays behind."""
     swaps = server.swaps  # refuses before the body is received while the server is not ready
+    server.workers.start()  # it may need a second or two, and so may the body
     with server.registry.incoming() as folder:
         upload = await receive_upload(request, folder, limit=server.settings.max_upload)
         name, switches = _name(upload), _switches(upload.fields)
