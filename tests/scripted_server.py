@@ -43,7 +43,7 @@ def run_engine() -> int:
     from oneplusn.server import engine_process
 
     engine_process.build_engine = build_engine
-    engine_process.import_lean = lambda *_: None
+    engine_process.build_lean = lambda build: build()
     return engine_process.main()
 
 

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 HUGE_PAGE = 2 << 20
 """Bytes of a large page on x86 and of the smallest on 64-bit Arm with pages of 4 KiB."""
 LARGE = 2 * HUGE_PAGE
 """Bytes from which a buffer asks for large pages."""
+MAPPED = 1 << 18
+"""Bytes from which a buffer has a mapping of its own. What the C library had given back it would
+write with zeros, and so commit: 150 MB of the first gigabyte of pages after a model was loaded."""
 
 
 def zeros(
@@ -37,14 +41,18 @@ def zeros(
     size = prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
-    large = in_large_pages and size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE")
-    raw = _large(size) if large else np.zeros(size, np.uint8)
+    if in_large_pages and size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        raw = _large(size)
+    elif size >= MAPPED:
+        raw = np.frombuffer(mmap.mmap(-1, size, flags=PRIVATE), np.uint8)
+    else:
+        raw = np.zeros(size, np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def _large(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """Map zeros that begin at a large page, and ask for large pages."""
-    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=PRIVATE)
     mapped.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(mapped, np.uint8)
     begin = -whole.ctypes.data % HUGE_PAGE

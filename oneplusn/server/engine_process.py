@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from oneplusn.errors import AdapterCorrupt, OneplusnError
 from oneplusn.server.channel import EngineEnd
 from oneplusn.server.launch import build_engine, read_settings
-from oneplusn.server.lean_imports import import_lean
+from oneplusn.server.lean_imports import build_lean
 from oneplusn.server.logs import configure_logging
 from oneplusn.server.messages import (
     Cancel,
@@ -53,7 +54,6 @@ MIN_WRITE_S = 0.0005
 """Seconds that it may take at least, or it would never come to an end beside short steps."""
 IDLE_WRITE_S = 0.02
 """Seconds that it may take when no step waits: a request may come meanwhile."""
-ENGINE_MODULES = ("oneplusn.server.engine.engine", "oneplusn.server.engine.model")
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger("oneplusn.engine")
 
@@ -214,8 +214,7 @@ def main() -> int:
     channel = EngineEnd(address)
     try:
         with loading():
-            import_lean(*ENGINE_MODULES)
-            core, opener, ready = build_engine(settings)
+            core, opener, ready = build_lean(partial(build_engine, settings))
         Loop(core, channel, opener).run(ready)
     except OneplusnError as error:
         _log.debug("the engine cannot be built", exc_info=True)

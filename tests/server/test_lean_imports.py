@@ -4,64 +4,89 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-from oneplusn.server.engine_process import ENGINE_MODULES
+import pytest
+
 from oneplusn.server.lean_imports import UNUSED
 
-# torch says itself that it has no torch.distributed when it is asked afterwards.
 LEAN = f"""
 import sys
-from oneplusn.server.lean_imports import import_lean
+from oneplusn.server.lean_imports import build_lean
 
-import_lean(*{ENGINE_MODULES})
+def build():
+    from oneplusn.server.engine.engine import Engine, EngineConfig
+    from oneplusn.server.engine.model import load_model
+
+    return Engine(load_model("demo", threads=1), EngineConfig(kv_memory=1 << 20))
+
+assert build_lean(build).model.vocab_size
 heavy = {{"torch._dynamo", "torch._inductor", "sympy", *{UNUSED}}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
 import torch
-from transformers import masking_utils
-
-with masking_utils.TransformGetItemToIndex() as mode:
-    assert type(mode).__module__ == "torch._dynamo._trace_wrapped_higher_order_op"
 compiled = torch.compile(lambda x: x + 1, backend="eager")
 assert compiled(torch.ones(2)).tolist() == [2, 2]
 import sympy, scipy
+assert sympy.Symbol("n").is_symbol
 print("lean")
 """
-# A module that the stubs are not enough for.
+# Something that the stand-ins are not enough for.
 WHOLE = """
 import logging
-import sys
-from oneplusn.server.lean_imports import import_lean
+from oneplusn.server.lean_imports import build_lean
 
 logging.basicConfig(format="%(message)s")
-import_lean("derived")
-assert issubclass(sys.modules["derived"].Derived, BaseException)
-import torch.distributed
-assert torch.distributed.is_available()
+
+def build():
+    import torch._dynamo
+    return torch._dynamo.exc.TorchDynamoException
+
+assert issubclass(build_lean(build), BaseException)
 print("whole")
 """
-DERIVED = """
-import torch._dynamo
+# A function of transformers that needs the compiler after all.
+INDEXED = """
+from oneplusn.server.lean_imports import build_lean
 
-class Derived(torch._dynamo.exc.TorchDynamoException):
-    pass
+def build():
+    from transformers.masking_utils import TransformGetItemToIndex
+
+    with TransformGetItemToIndex() as mode:
+        return type(mode)
+
+assert build_lean(build).__module__ == "torch._dynamo._trace_wrapped_higher_order_op"
+print("indexed")
+"""
+REFUSED = """
+from oneplusn.errors import ConfigError
+from oneplusn.server.lean_imports import build_lean
+
+times = []
+
+def build():
+    times.append(1)
+    raise ConfigError("no such model")
+
+try:
+    build_lean(build)
+except ConfigError:
+    assert len(times) == 1
+    print("refused")
 """
 
 
-def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_an_engine_imports_nothing_that_compiles(tmp_path) -> None:
-    done = run(LEAN, tmp_path)
-    assert (done.stdout, done.returncode) == ("lean\n", 0), done.stderr
-    assert "imported whole" not in done.stderr
-
-
-def test_what_the_stubs_are_not_enough_for_is_imported_whole(tmp_path) -> None:
-    (tmp_path / "derived.py").write_text(DERIVED)
-    done = run(WHOLE, tmp_path)
-    assert (done.stdout, done.returncode) == ("whole\n", 0), done.stderr
-    assert "imported whole" in done.stderr
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [(LEAN, "lean"), (INDEXED, "indexed"), (REFUSED, "refused"), (WHOLE, "whole")],
+    ids=["lean", "indexed", "refused", "whole"],
+)
+def test_a_process_that_builds_an_engine(code, word) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == (f"{word}\n", 0), done.stderr
+    assert ("built anew" in done.stderr) == (word == "whole")
