@@ -189,6 +189,14 @@ class Settings(BaseSettings):
         le=3600,
         description="Seconds without a step, while one is due, before the engine is restarted.",
     )
+    worker_idle_timeout: float = Field(
+        60,
+        gt=0,
+        description=(
+            "Seconds that a process for uploads or grammars is kept without work: each holds 230 "
+            "to 300 MB, and takes about two seconds to start again."
+        ),
+    )
     shutdown_timeout: int = Field(
         30, ge=0, le=3600, description="Seconds that requests in flight get after SIGTERM."
     )

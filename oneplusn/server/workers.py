@@ -1,9 +1,9 @@
 """Workers: child processes that do what may take long, fail or be hostile, one job at a time.
 
-A child keeps what it has imported, and the one that reads adapters, which holds 230 MB of it, ends
-when nothing has been uploaded for a minute. It is killed when a job takes too long, and dies when
-one takes too much memory or breaks it; another takes its place at once. It runs at low priority and
-on one thread, so that the engine does not notice.
+A child keeps what it has imported, which is 230 MB and more, and ends when it has had nothing to do
+for a minute. It is killed when a job takes too long, and dies when one takes too much memory or
+breaks it; another takes its place at once. It runs at low priority and on one thread, so that the
+engine does not notice.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ from oneplusn.server.settings import ENV_PREFIX, Settings
 GIB = 1 << 30
 START_SECONDS = 120.0
 """How long a new process may take to import what its jobs need."""
-IDLE_SECONDS = {"adapters": 60.0}
-"""How long the process of a lane is kept for nothing; that of another lane stays."""
 TRIES = 2
 """Processes that an upload may break before it is to blame."""
 # One thread each: more would wait for the engine's at every product.
@@ -69,6 +67,7 @@ class Workers:
         limit: Jobs of a lane that run or wait; one more is refused.
         max_upload_bytes: Most bytes of an upload, expanded.
         max_image_bytes: Most bytes of an adapter's pages.
+        idle_seconds: How long a process without a job is kept.
     """
 
     def __init__(
@@ -77,17 +76,21 @@ class Workers:
         *,
         max_upload_bytes: int = GIB,
         max_image_bytes: int = 4 * GIB,
+        idle_seconds: float = 60.0,
     ) -> None:
         self._limit = limit
         self._max_upload_bytes = max_upload_bytes
         self._max_image_bytes = max_image_bytes
+        self._idle_seconds = idle_seconds
         self._lanes: dict[str, _Lane] = {}
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """Make those of a server, with the limits of its settings."""
         return cls(
-            max_upload_bytes=int(settings.max_upload), max_image_bytes=int(settings.max_image)
+            max_upload_bytes=int(settings.max_upload),
+            max_image_bytes=int(settings.max_image),
+            idle_seconds=settings.worker_idle_timeout,
         )
 
     def start(self) -> None:
@@ -207,7 +210,7 @@ class Workers:
 
     def _lane(self, name: str) -> _Lane:
         if name not in self._lanes:
-            self._lanes[name] = _Lane(name, IDLE_SECONDS.get(name))
+            self._lanes[name] = _Lane(name, self._idle_seconds)
         return self._lanes[name]
 
 
@@ -216,10 +219,10 @@ class _Lane:
 
     Args:
         name: As the table of jobs has it.
-        idle_seconds: How long the process is kept without a job; None is for good.
+        idle_seconds: How long the process is kept without a job.
     """
 
-    def __init__(self, name: str, idle_seconds: float | None) -> None:
+    def __init__(self, name: str, idle_seconds: float) -> None:
         self.name = name
         self._idle_seconds = idle_seconds
         self._rest: asyncio.Task[None] | None = None
@@ -279,8 +282,6 @@ class _Lane:
 
     def _stay(self) -> None:
         """Let the time begin anew after which the process is not kept any more."""
-        if self._idle_seconds is None:
-            return
         if self._rest is not None:
             self._rest.cancel()
         self._rest = asyncio.create_task(self._end_after(self._idle_seconds))

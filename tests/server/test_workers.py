@@ -27,7 +27,7 @@ from oneplusn.errors import (
     QueueFull,
     WorkerFailed,
 )
-from oneplusn.server import jobs, workers
+from oneplusn.server import jobs
 from oneplusn.server.grammars import Grammars, GrammarSpec
 from oneplusn.server.jobs import MIB, Job
 from oneplusn.server.workers import Workers
@@ -332,13 +332,13 @@ class TestProcess:
     async def test_one_that_nobody_needs_ends_and_the_next_job_has_another(
         self, odd, monkeypatch
     ) -> None:
-        monkeypatch.setitem(workers.IDLE_SECONDS, "odd", 0.05)
+        monkeypatch.setattr(odd, "_idle_seconds", 0.05)
         first = int(await ask(odd, "pid"))
         await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{first}").exists())
         assert int(await ask(odd, "pid")) != first
 
     async def test_it_is_not_ended_in_a_job_that_takes_longer(self, odd, monkeypatch) -> None:
-        monkeypatch.setitem(workers.IDLE_SECONDS, "odd", 0.05)
+        monkeypatch.setattr(odd, "_idle_seconds", 0.05)
         assert await ask(odd, "slow") == "slow"
 
     async def test_a_caller_that_goes_away_does_not_disturb_the_next(self, odd) -> None:
