@@ -66,7 +66,7 @@ class _Span(NamedTuple):
 
 @torch.inference_mode()
 def probe(
-    model: PreTrainedModel, change: Callable[[PreTrainedModel], bool] | None = None
+    model: PreTrainedModel, change: Callable[[PreTrainedModel], object] | None = None
 ) -> ProbeReport:
     """Compare ragged steps over a paged cache with the model's own attention.
 
@@ -76,8 +76,8 @@ def probe(
 
     Args:
         model: In inference mode.
-        change: Replaces parts of a model by faster ones, if it can; then what it has made is
-            compared with the original's logits too. The model is changed, or a copy of it.
+        change: Replaces parts of a model by faster ones, if it can; what it leaves is compared
+            with the original's logits. The model is changed, or a copy of it.
 
     Raises:
         ModelRefused: With what was counted and measured.
@@ -88,10 +88,9 @@ def probe(
         model, exact = copy.deepcopy(model).float(), True
     sequences = _sequences(model, layers)
     expected = [_own_logits(model, tokens) for tokens in sequences]
-    report = _verdict(model, layers, sequences, expected, exact=exact)
-    if change is not None and change(model):
-        report = _verdict(model, layers, sequences, expected, exact=exact)
-    return report
+    if change is not None:
+        change(model)
+    return _verdict(model, layers, sequences, expected, exact=exact)
 
 
 def _verdict(
