@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from oneplusn.errors import ModelRefused
 from oneplusn.kernels import ops
 from oneplusn.server.engine import families
 from oneplusn.server.engine.families import FastLayer, accelerate
+from oneplusn.server.engine.linear import CompiledLinear
 from oneplusn.server.engine.model import prepare_model
 from oneplusn.server.engine.probe import probe
 from tiny_models import tiny_model
@@ -38,6 +41,19 @@ def test_other_families_stay_as_they_are(family: str) -> None:
 
 def test_another_activation_is_left_alone() -> None:
     assert not accelerate(tiny_model("llama", hidden_act="gelu"))
+
+
+def test_a_linear_that_is_exchanged_is_looked_up_again() -> None:
+    model = tiny_model("llama")
+    probe(model, accelerate)
+    stack = families.stack_of(model)
+    assert stack is not None
+    hook = SimpleNamespace(cache=stack._cache)
+    bound = stack._bind(hook)
+    assert stack._bind(hook) is bound
+    mlp = model.model.layers[1].mlp
+    mlp.add_module("down_proj", CompiledLinear(mlp.down_proj.panels))
+    assert stack._bind(hook) is not bound
 
 
 def test_biases_go_along() -> None:

@@ -22,7 +22,7 @@ from oneplusn.adapters.attach import AdaptedLinear, AdaptedSite
 from oneplusn.kernels import cpu_linear
 from oneplusn.kernels.cpu_layers import LayerParts, Layers
 from oneplusn.server.engine import attention
-from oneplusn.server.engine.attention import AttentionHook, hook_of
+from oneplusn.server.engine.attention import AttentionHook, KVCache, hook_of
 from oneplusn.server.engine.linear import CompiledLinear
 
 MODELS = (
@@ -49,6 +49,8 @@ LINEARS = (
     ("mlp", "gate_proj+up_proj"),
     ("mlp", "down_proj"),
 )
+Place = tuple[dict[str, nn.Module | None], str, nn.Module]
+"""Children of a module, the name of one, and that one."""
 
 
 class FastLayer(nn.Module):
@@ -74,9 +76,15 @@ class FastLayer(nn.Module):
         self.stack = stack
 
     @property
+    def places(self) -> list[Place]:
+        """Where the linears are, and which they are now."""
+        owners = [(self.get_submodule(parent)._modules, leaf) for parent, leaf in LINEARS]
+        return [(children, leaf, cast(nn.Module, children[leaf])) for children, leaf in owners]
+
+    @property
     def linears(self) -> list[nn.Module]:
         """The linears as they are now, adapted or not."""
-        return [getattr(self.get_submodule(parent), leaf) for parent, leaf in LINEARS]
+        return [linear for _, _, linear in self.places]
 
     @property
     def norms(self) -> list[Tensor | None]:
@@ -105,7 +113,8 @@ class Stack:
         self._heads = heads[0], heads[1]
         self._scale: float = attention.scaling
         self._eps: float = norm.variance_epsilon
-        self._bound_to: list[object] = []
+        self._cache: KVCache | None = None
+        self._places: list[Place] = []
 
     def run(self, h: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Take the rows of a step through all layers: h `[T, K]`, cos and sin `[T, D]`."""
@@ -117,11 +126,9 @@ class Stack:
 
     def _bind(self, hook: AttentionHook) -> Layers:
         """Look the addresses up, unless that was done for these modules and this cache."""
-        linears = [layer.linears for layer in self.layers]
-        wanted = [hook.cache, *(linear for each in linears for linear in each)]
-        same = len(wanted) == len(self._bound_to)
-        if self.bound is None or not same or any(map(_differ, wanted, self._bound_to)):
+        if self.bound is None or hook.cache is not self._cache or self._has_changed():
             seconds = None if self.bound is None else self.bound.seconds
+            linears = [layer.linears for layer in self.layers]
             parts = [
                 LayerParts(
                     linears=[_base(linear).panels for linear in each],
@@ -137,12 +144,13 @@ class Stack:
             ]
             self.bound = Layers(parts, self._heads, self._eps, self._scale)
             self.bound.seconds = seconds
-            self._bound_to = wanted
+            self._cache = hook.cache
+            self._places = [place for layer in self.layers for place in layer.places]
         return self.bound
 
-
-def _differ(one: object, other: object) -> bool:
-    return one is not other
+    def _has_changed(self) -> bool:
+        """Tell whether a linear has been wrapped or unwrapped since it was looked up."""
+        return any(children[leaf] is not linear for children, leaf, linear in self._places)
 
 
 def _base(linear: nn.Module) -> CompiledLinear:
