@@ -9,7 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+LINE = 64
+"""Bytes of a line of memory, at which every buffer begins: no vector is read from two."""
 HUGE_PAGE = 2 << 20
 """Bytes of a large page on x86 and of the smallest on 64-bit Arm with pages of 4 KiB."""
 LARGE = 2 * HUGE_PAGE
@@ -46,14 +50,17 @@ def zeros(
     elif size >= MAPPED:
         raw = np.frombuffer(mmap.mmap(-1, size, flags=PRIVATE), np.uint8)
     else:
-        raw = np.zeros(size, np.uint8)
+        raw = _aligned(np.zeros(size + LINE, np.uint8), size, LINE)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def _large(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _aligned(whole: Bytes, size: int, unit: int) -> Bytes:
+    begin = -whole.ctypes.data % unit
+    return whole[begin : begin + size]
+
+
+def _large(size: int) -> Bytes:
     """Map zeros that begin at a large page, and ask for large pages."""
     mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=PRIVATE)
     mapped.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(mapped, np.uint8)
-    begin = -whole.ctypes.data % HUGE_PAGE
-    return whole[begin : begin + size]
+    return _aligned(np.frombuffer(mapped, np.uint8), size, HUGE_PAGE)

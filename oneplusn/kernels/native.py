@@ -34,7 +34,7 @@ SITE_ARRAYS = ("run_first", "run_rows", "gate_first", "gates")
 """Arrays of a `SiteTable` that the kernel reads, in its order."""
 STEP_ARRAYS = (
     *("rows", "segment_rows", "segment_uses", "slots"),
-    *("clusters", "use_run", "use_k", "by_run"),
+    *("clusters", "use_run", "use_k", "by_key"),
 )
 
 
@@ -124,6 +124,9 @@ def _step_arrays(plan: Plan) -> list[IntArray]:
     stops = [segment.stop for segment in plan.segments]
     clusters = np.searchsorted(stops, [stop for _, stop in plan.clusters]) + 1
     runs = np.array([run for used in uses for run, _ in used], dtype=np.int32)
+    rank = {run: index for index, run in enumerate(plan.run_keys)}
+    ranks = np.array([rank[run] for run in runs.tolist()], dtype=np.int32)
+    cluster = np.repeat(np.searchsorted(clusters, range(len(uses)), "right"), list(map(len, uses)))
     arrays = [
         plan.rows,
         np.array([0, *stops]),
@@ -132,7 +135,7 @@ def _step_arrays(plan: Plan) -> list[IntArray]:
         np.array([0, *clusters]),
         runs,
         np.array([k for used in uses for _, k in used]),
-        np.argsort(runs, kind="stable"),
+        np.lexsort((ranks, cluster)),
     ]
     return [np.ascontiguousarray(array, dtype=np.int32) for array in arrays]
 

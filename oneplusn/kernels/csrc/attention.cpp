@@ -63,7 +63,11 @@ void write_scores(const Attention& a, const Context& context, const Query<T>* qu
       __builtin_prefetch((const char*)(keys + i) + to_values);
     for (int j = 0; j < count; j += kLanes) {
       float values[M][kLanes];
-      dots<T, M>(keys + j * a.k_dim, std::min(kLanes, count - j), qs, a.k_dim, values);
+      const char* behind = (const char*)(keys + (j + kLanes) * a.k_dim);
+      dots<T, M>(keys + j * a.k_dim, std::min(kLanes, count - j), qs, a.k_dim, values,
+                 [&] {
+                   for (int i = 0; i < kLanes; ++i, behind += 64) __builtin_prefetch(behind);
+                 });
       for (int m = 0; m < M; ++m) std::memcpy(s + m * stride + at + j, values[m], sizeof values[m]);
     }
   });

@@ -1,127 +1,56 @@
 #include "delta.h"
 
-#include <type_traits>
-#include <vector>
+#include <atomic>
+#include <utility>
 
+#include "delta_layout.h"
 #include "team.h"
 #include "vector.h"
 
 namespace {
 
-constexpr int kPage = 16;
-constexpr int kColumns = 128;  // columns of one expand item
-constexpr int kAhead = 4;      // rank rows to fetch ahead of their use
-constexpr int kTile = 4;       // rows that meet rank rows at once
+constexpr int kShrinkRows = 4;  // rows that meet rank rows at once
 constexpr int64_t kParallelWork = 100'000;  // bytes + multiply-adds that outweigh telling the team
-
-// One row of the batch and one run: what it reads, and where its shrunken rows go.
-template <typename T>
-struct Meeting {
-  const T* x;
-  const float* gates;
-  T* h;
-};
-
-// The meetings of one run, which has `total` rank rows at this site.
-struct Group {
-  int64_t first_page;
-  int total, begin, end;
-};
-
-// What a site makes of a step before the first product.
-template <typename T>
-struct Layout {
-  std::vector<Meeting<T>> meetings;
-  std::vector<Group> groups;
-  std::vector<int64_t> first;  // [uses] where the h of a use's rows begin
-  std::vector<T> h;            // per use [rows of its segment][S][padded rank rows]
-  int64_t work = 0;
-};
 
 template <typename T>
 constexpr int kRankDepth = 4 / sizeof(T);  // rank rows that one step of the expansion takes
 
-template <typename T>
-inline int padded(int total) {
-  return (total + kRankDepth<T> - 1) / kRankDepth<T> * kRankDepth<T>;
-}
-
-template <typename T>
-void lay_out(const Site& site, const Step& step, const T* x, int64_t x_stride, Layout<T>& out) {
-  out.first.resize(step.uses);
-  int64_t used = 0;
-  for (int s = 0; s < step.segments; ++s) {
-    const int64_t rows = step.segment_rows[s + 1] - step.segment_rows[s];
-    for (int use = step.segment_uses[s]; use < step.segment_uses[s + 1]; ++use) {
-      out.first[use] = used;
-      used += rows * site.slices * padded<T>(site.run_rows[step.use_run[use]]);
-    }
-  }
-  out.h.assign(used, T{});
-  std::vector<int> segment_of(step.uses);
-  for (int s = 0; s < step.segments; ++s)
-    for (int use = step.segment_uses[s]; use < step.segment_uses[s + 1]; ++use) segment_of[use] = s;
-  const int64_t of_rank_row = site.slices * site.width + site.bounds[site.slices];
-  for (int i = 0; i < step.uses; ++i) {
-    const int use = step.by_run[i], run = step.use_run[use], total = site.run_rows[run];
-    const int segment = segment_of[use];
-    if (!total) continue;
-    const int64_t first_page = site.run_first[run];
-    const bool same = !out.groups.empty() && i > 0 && step.use_run[step.by_run[i - 1]] == run;
-    const int begin = (int)out.meetings.size();
-    if (!same) {
-      out.groups.push_back({first_page, total, begin, begin});
-      out.work += total * of_rank_row * (int64_t)sizeof(T);
-    }
-    const int64_t slot_k = (int64_t)step.slots[segment] * site.max_runs + step.use_k[use];
-    const float* gates = site.gates + site.gate_first[slot_k];
-    T* h = out.h.data() + out.first[use];
-    for (int r = step.segment_rows[segment]; r < step.segment_rows[segment + 1]; ++r) {
-      out.meetings.push_back({x + step.rows[r] * x_stride, gates, h});
-      h += (int64_t)site.slices * padded<T>(total);
-    }
-    out.groups.back().end = (int)out.meetings.size();
-    out.work += (int64_t)(out.meetings.size() - begin) * total * of_rank_row / 16;
-  }
-}
-
 template <typename T, int M>
-void shrink_rows(const Site& site, const Group& group, int slice, int page,
-                 const Meeting<T>* meetings) {
-  const T* a = (const T*)site.a + ((group.first_page + page) * site.slices + slice) * kPage * site.width;
+void shrink_rows(const Site& site, const Layout<T>& layout, const Group& group, Atom atom, int first,
+                 T* h, Ahead& ahead) {
+  const T* a = (const T*)site.a +
+               ((group.first_page + atom.part) * site.slices + atom.slice) * kPage * site.width;
+  const Meeting<T>* meetings = layout.meetings.data() + group.begin + first;
   const T* xs[M];
   for (int m = 0; m < M; ++m) xs[m] = meetings[m].x;
-  const int end = std::min(group.total - page * kPage, kPage);
+  h += group.h + atom.slice * group.of_slice + (int64_t)first * padded(group.total);
+  const int end = std::min(group.total - atom.part * kPage, kPage);
   for (int lane = 0; lane < end; lane += kLanes) {
-    const int lanes = std::min(end - lane, kLanes), first = page * kPage + lane;
-    float values[M][kLanes];
-    dots<T, M>(a + lane * site.width, lanes, xs, site.width, values);
-    for (int m = 0; m < M; ++m)
-      for (int i = 0; i < lanes; ++i) {
-        T* h = meetings[m].h + (int64_t)slice * padded<T>(group.total) + first + i;
-        store_one(h, meetings[m].gates[first + i] * values[m][i]);
-      }
+    const int lanes = std::min(end - lane, kLanes), row = atom.part * kPage + lane;
+    alignas(16) float values[M][kLanes];
+    dots<T, M>(a + lane * site.width, lanes, xs, site.width, values,
+               [&] { ahead.fetch(); });
+    for (int m = 0; m < M; ++m) {
+      for (int i = 0; i < lanes; ++i) values[m][i] *= meetings[m].gates[row + i];
+      for (int i = lanes; i < kLanes; ++i) values[m][i] = 0.0f;
+      store_lanes(h + m * padded(group.total) + row, values[m]);
+    }
   }
 }
 
 template <typename T>
-void shrink_page(const Site& site, const Layout<T>& layout, const Group& group, int slice,
-                 int page) {
-  const Meeting<T>* at = layout.meetings.data() + group.begin;
-  int left = group.end - group.begin;
-  for (; left >= kTile; left -= kTile, at += kTile)
-    shrink_rows<T, kTile>(site, group, slice, page, at);
-  switch (left) {
-    case 3: return shrink_rows<T, 3>(site, group, slice, page, at);
-    case 2: return shrink_rows<T, 2>(site, group, slice, page, at);
-    case 1: return shrink_rows<T, 1>(site, group, slice, page, at);
+void shrink_page(const Site& site, const Layout<T>& layout, Atom atom, T* h, Ahead& ahead) {
+  const Group& group = layout.groups[atom.owner];
+  const int rows = group.end - group.begin;
+  int at = 0;
+  for (; at + kShrinkRows <= rows; at += kShrinkRows)
+    shrink_rows<T, kShrinkRows>(site, layout, group, atom, at, h, ahead);
+  switch (rows - at) {
+    case 3: return shrink_rows<T, 3>(site, layout, group, atom, at, h, ahead);
+    case 2: return shrink_rows<T, 2>(site, layout, group, atom, at, h, ahead);
+    case 1: return shrink_rows<T, 1>(site, layout, group, atom, at, h, ahead);
   }
 }
-
-// Columns of one slice, from `begin` on: V whole blocks, or one of `rest` columns.
-struct Columns {
-  int slice, begin, rest;
-};
 
 // The words of a block of columns for one step of rank rows: two rows mixed in bf16, one in fp32.
 template <bool kPart>
@@ -167,35 +96,68 @@ inline void in_order(Floats (&v)[2], const BFloat16*) {
 
 inline void in_order(Floats (&)[2], const float*) {}
 
+// Columns of one slice, from `begin` on: whole blocks, or one of `rest` columns.
+struct Columns {
+  int slice, begin, rest;
+};
+
+// acc[m] += h[m] B, over the rank rows of a run, in blocks of columns side by side.
 template <typename T, int M, int V, bool kPart>
-void expand_rows(const Site& site, const Step& step, const Layout<T>& layout, int segment, int row,
-                 Columns columns, T* y, int64_t y_stride) {
-  const int64_t stride = site.bounds[site.slices];
-  const T* b = (const T*)site.b + site.bounds[columns.slice] + columns.begin;
-  Floats acc[M][V][2] = {};
-  for (int use = step.segment_uses[segment]; use < step.segment_uses[segment + 1]; ++use) {
-    const int run = step.use_run[use], total = site.run_rows[run];
-    const int64_t of_row = (int64_t)site.slices * padded<T>(total);
-    const T* h = layout.h.data() + layout.first[use] + row * of_row + columns.slice * padded<T>(total);
-    const T* at = b + (int64_t)site.run_first[run] * kPage * stride;
-    for (int r = 0; r < total; r += kRankDepth<T>, at += kRankDepth<T> * stride) {
-      uint32_t scales[M];
-      for (int m = 0; m < M; ++m) std::memcpy(&scales[m], h + m * of_row + r, sizeof scales[m]);
-      for (int v = 0; v < V; ++v) {
-        Words low, high;
-        for (int d = 0; d < kRankDepth<T>; ++d)
-          __builtin_prefetch(at + (kAhead + d) * stride + v * kBlock);
-        rank_words<kPart>(at + v * kBlock, stride, r + 1 < total, columns.rest, low, high);
-        for (int m = 0; m < M; ++m) {
-          multiply_add(acc[m][v][0], low, scales[m], at);
-          multiply_add(acc[m][v][1], high, scales[m], at);
-        }
+__attribute__((always_inline)) inline void add_run(const T* at, int64_t stride, int total, int rest,
+                                                   const T* h, Floats (*sums)[V][2], Ahead& ahead) {
+  const int of_row = padded(total);
+  Floats acc[M][V][2];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v)
+      for (int i = 0; i < 2; ++i) acc[m][v][i] = sums[m][v][i];
+  Ahead local = ahead;
+  for (int r = 0; r < total; r += kRankDepth<T>, at += kRankDepth<T> * stride) {
+    uint32_t scales[M];
+    for (int m = 0; m < M; ++m) std::memcpy(&scales[m], h + m * of_row + r, sizeof scales[m]);
+    for (int byte = 0; byte < V * kRankDepth<T> * kBlock * (int)sizeof(T); byte += kFour) local.fetch();
+    for (int v = 0; v < V; ++v) {
+      Words low, high;
+      rank_words<kPart>(at + v * kBlock, stride, r + 1 < total, rest, low, high);
+      for (int m = 0; m < M; ++m) {
+        multiply_add(acc[m][v][0], low, scales[m], at);
+        multiply_add(acc[m][v][1], high, scales[m], at);
       }
     }
   }
+  ahead = local;
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v)
+      for (int i = 0; i < 2; ++i) sums[m][v][i] = acc[m][v][i];
+}
+
+template <typename T, int M, int V, bool kPart>
+void expand_rows(const Site& site, const Step& step, const Layout<T>& layout, const Tile& tile,
+                 Columns columns, T* y, int64_t y_stride, Ahead& ahead) {
+  const int64_t stride = site.bounds[site.slices];
+  const T* b = (const T*)site.b + site.bounds[columns.slice] + columns.begin;
+  Floats acc[M][V][2] = {};
+  for (int u = tile.begin; u < tile.end; ++u) {
+    const Use use = layout.uses[u];
+    const Group& group = layout.groups[use.group];
+    const T* at = b + group.first_page * kPage * stride;
+    const T* h = layout.h.data() + group.h + columns.slice * group.of_slice +
+                 (int64_t)(use.meeting - group.begin) * padded(group.total);
+    if (use.mask == (1u << M) - 1) {
+      add_run<T, M, V, kPart>(at, stride, group.total, columns.rest, h, acc, ahead);
+      continue;
+    }
+    const auto one = [&](int m) __attribute__((always_inline)) {
+      if (!(use.mask >> m & 1)) return;
+      add_run<T, 1, V, kPart>(at, stride, group.total, columns.rest, h, acc + m, ahead);
+      h += padded(group.total);
+    };
+    [&]<int... m>(std::integer_sequence<int, m...>) __attribute__((always_inline)) {
+      (one(m), ...);
+    }(std::make_integer_sequence<int, M>());
+  }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
-      T* to = y + step.rows[step.segment_rows[segment] + row + m] * y_stride + columns.begin + v * kBlock;
+      T* to = y + step.rows[tile.first + m] * y_stride + columns.begin + v * kBlock;
       alignas(64) T part[kBlock] = {};
       if (kPart) std::memcpy(part, to, columns.rest * sizeof(T));
       Floats out[2];
@@ -207,34 +169,45 @@ void expand_rows(const Site& site, const Step& step, const Layout<T>& layout, in
     }
 }
 
-template <typename T, int M = 8>
-void expand_block(int rows, const Site& site, const Step& step, const Layout<T>& layout, int segment,
-                  int row, Columns columns, T* y, int64_t y_stride) {
-  if (rows == M) {
-    if (columns.rest)
-      return expand_rows<T, M, 1, true>(site, step, layout, segment, row, columns, y, y_stride);
-    return expand_rows<T, M, 1, false>(site, step, layout, segment, row, columns, y, y_stride);
-  }
+// The columns of one atom, for the rows of one tile.
+template <typename T, int M = kTile>
+void expand_tile(const Site& site, const Step& step, const Layout<T>& layout, const Tile& tile,
+                 Columns columns, int count, T* y, int64_t y_stride, Ahead& ahead) {
   if constexpr (M > 1)
-    expand_block<T, M - 1>(rows, site, step, layout, segment, row, columns, y, y_stride);
+    if (tile.rows < M)
+      return expand_tile<T, M - 1>(site, step, layout, tile, columns, count, y, y_stride, ahead);
+  constexpr int V = M <= 2 ? 4 : M <= 4 ? 2 : 1;
+  const int end = columns.begin + count;
+  int& at = columns.begin;
+  for (; at + V * kBlock <= end; at += V * kBlock)
+    expand_rows<T, M, V, false>(site, step, layout, tile, columns, y, y_stride, ahead);
+  if constexpr (V > 1)
+    for (; at + kBlock <= end; at += kBlock)
+      expand_rows<T, M, 1, false>(site, step, layout, tile, columns, y, y_stride, ahead);
+  columns.rest = end - at;
+  if (columns.rest)
+    expand_rows<T, M, 1, true>(site, step, layout, tile, columns, y, y_stride, ahead);
 }
 
-// The columns of one item, for the rows of one segment.
-template <typename T>
-void expand_segment(const Site& site, const Step& step, const Layout<T>& layout, int segment,
-                    Columns columns, int count, T* y, int64_t y_stride) {
-  const int rows = step.segment_rows[segment + 1] - step.segment_rows[segment];
-  const int groups = (rows + 7) / 8, end = columns.begin + count;
-  for (int group = 0; group < groups; ++group) {
-    const int row = rows * group / groups, of_group = rows * (group + 1) / groups - row;
-    if (of_group == 1 && count == kColumns) {
-      expand_rows<T, 1, kColumns / kBlock, false>(site, step, layout, segment, row, columns, y, y_stride);
+// Visit what an item reads of the pages, as (from, stride in bytes, rows, bytes of each).
+template <typename T, typename Visit>
+void each_stretch(const Site& site, const Layout<T>& layout, int64_t item, const Visit& visit) {
+  const int64_t stride = site.bounds[site.slices];
+  for (int i = layout.items[item]; i < layout.items[item + 1]; ++i) {
+    const auto [owner, slice, part] = layout.atoms[i];
+    if (item < layout.shrinks) {
+      const Group& group = layout.groups[owner];
+      const int64_t at = ((group.first_page + part) * site.slices + slice) * kPage * site.width;
+      const int64_t rows = std::min(group.total - part * kPage, kPage);
+      visit((const T*)site.a + at, 0, 1, rows * site.width * (int64_t)sizeof(T));
       continue;
     }
-    for (int begin = columns.begin; begin < end; begin += kBlock) {
-      const int rest = end - begin < kBlock ? end - begin : 0;
-      expand_block<T>(of_group, site, step, layout, segment, row, {columns.slice, begin, rest}, y,
-                      y_stride);
+    const int begin = site.bounds[slice] + part;
+    const int64_t count = std::min(kColumns, site.bounds[slice + 1] - begin);
+    for (int g = layout.clusters[owner].first_group; g < layout.clusters[owner].end_group; ++g) {
+      const Group& group = layout.groups[g];
+      visit((const T*)site.b + group.first_page * kPage * stride + begin,
+            stride * (int64_t)sizeof(T), group.total, count * (int64_t)sizeof(T));
     }
   }
 }
@@ -244,30 +217,46 @@ void expand_segment(const Site& site, const Step& step, const Layout<T>& layout,
 template <typename T>
 void gated_delta(const Site& site, const Step& step, const T* x, int64_t x_stride, T* const* ys,
                  const int64_t* y_strides, int threads) {
-  Layout<T> layout;
-  lay_out(site, step, x, x_stride, layout);
-  if (layout.h.empty()) return;
+  static thread_local Layout<T> kept;  // its memory serves the next site too
+  Layout<T>& layout = kept;
+  layout.make(site, step, x, x_stride);
+  if (!layout.work) return;
   if (layout.work < kParallelWork) threads = 1;
-  struct Item {
-    int owner, slice, part;
-  };
-  std::vector<Item> items;
-  for (int group = 0; group < (int)layout.groups.size(); ++group)
-    for (int page = 0; page * kPage < layout.groups[group].total; ++page)
-      for (int slice = 0; slice < site.slices; ++slice) items.push_back({group, slice, page});
-  share(threads, items.size(), [&](int64_t i, int64_t) {
-    shrink_page(site, layout, layout.groups[items[i].owner], items[i].slice, items[i].part);
-  });
-  items.clear();
-  for (int cluster = 0; cluster < step.num_clusters; ++cluster)
-    for (int slice = 0; slice < site.slices; ++slice)
-      for (int begin = 0; begin < site.bounds[slice + 1] - site.bounds[slice]; begin += kColumns)
-        items.push_back({cluster, slice, begin});
-  share(threads, items.size(), [&](int64_t i, int64_t) {
-    const auto [cluster, slice, begin] = items[i];
-    const int count = std::min(kColumns, site.bounds[slice + 1] - site.bounds[slice] - begin);
-    for (int s = step.clusters[cluster]; s < step.clusters[cluster + 1]; ++s)
-      expand_segment(site, step, layout, s, {slice, begin, 0}, count, ys[slice], y_strides[slice]);
+  T* h = layout.h.data();
+  std::atomic<int> shrinks = layout.shrinks;
+  share(threads, (int64_t)layout.items.size() - 1, [&](int64_t item, int64_t next) {
+    static thread_local std::vector<const char*> lines;
+    int64_t now = 0, then = 0;
+    each_stretch(site, layout, item, [&](const void*, int64_t, int rows, int64_t bytes) {
+      now += rows * fours(bytes);
+    });
+    if (next != kNone) {
+      each_stretch(site, layout, next, [&](const void*, int64_t, int rows, int64_t bytes) {
+        then += rows * fours(bytes);
+      });
+      if ((int64_t)lines.size() < then) lines.resize(then);
+      const char** to = lines.data();
+      each_stretch(site, layout, next, [&](const void* from, int64_t stride, int rows, int64_t bytes) {
+        const char* row = (const char*)from;
+        for (int r = 0; r < rows; ++r, row += stride)
+          for (int64_t at = 0; at < bytes; at += kFour) *to++ = row + at;
+      });
+    }
+    Ahead ahead = {lines.data(), lines.data() + then, now ? (int)((then + now - 1) / now) : 0};
+    const bool shrinking = item < layout.shrinks;
+    while (!shrinking && shrinks.load(std::memory_order_acquire)) relax();
+    for (int i = layout.items[item]; i < layout.items[item + 1]; ++i) {
+      const auto [owner, slice, part] = layout.atoms[i];
+      if (shrinking) {
+        shrink_page(site, layout, layout.atoms[i], h, ahead);
+        continue;
+      }
+      const int count = std::min(kColumns, site.bounds[slice + 1] - site.bounds[slice] - part);
+      for (int t = layout.clusters[owner].first_tile; t < layout.clusters[owner].end_tile; ++t)
+        expand_tile<T>(site, step, layout, layout.tiles[t], {slice, part, 0}, count, ys[slice],
+                       y_strides[slice], ahead);
+    }
+    if (shrinking) shrinks.fetch_sub(1, std::memory_order_release);
   });
 }
 

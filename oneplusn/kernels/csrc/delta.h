@@ -1,10 +1,10 @@
 // The delta of a step's rows at one site, straight from the pages: nothing is packed, nothing copied.
 //
-// Two passes. Shrink: h = gate * (A row . x), with each page read once for all rows that use its
-// run. Expand: y += sum over the rank rows of h * B row, in column blocks, cluster by cluster, so
-// that what several tasks share stays in the cache. Sums are fp32, h rounds to the dtype of x; every
-// row's order of additions depends on its own runs alone, so its bits are the same in any batch and
-// on any number of threads.
+// Two passes, cluster by cluster, so that what several tasks share is read once. Shrink: h = gate *
+// (A row . x). Expand: y += sum over the rank rows of h * B row, in blocks of columns. Experts are
+// small and lie apart, so while one item is computed, what the next one reads is fetched line by
+// line, and nothing else. Sums are fp32, h rounds to the dtype of x; every row's order of additions
+// depends on its own runs alone, so its bits are the same in any batch and on any number of threads.
 
 #pragma once
 
@@ -35,7 +35,7 @@ struct Step {
   const int32_t* clusters;     // [clusters + 1] bounds in the segments
   const int32_t* use_run;      // [uses] in the order of their keys within a segment
   const int32_t* use_k;        // [uses]
-  const int32_t* by_run;       // [uses] uses, those of one run together
+  const int32_t* by_key;       // [uses] those of a cluster in the order of their runs' keys
   int32_t segments, num_clusters, uses;
 };
 

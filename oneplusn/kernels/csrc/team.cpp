@@ -13,14 +13,6 @@ constexpr int64_t kMostItems = (1 << kCountBits) - 1024;  // leaves room for cla
 constexpr uint64_t kCountMask = (1 << kCountBits) - 1;
 constexpr auto kSpin = std::chrono::microseconds(100);  // between two products of a layer, and more
 
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // One word holds which loop it is, how many items that has and the next to be taken. So a claim is
 // one addition, and can never be of a loop that is over.
 class Team {
@@ -43,7 +35,7 @@ class Team {
       woken_.notify_all();
     }
     work_off();
-    while (done_.load(std::memory_order_acquire) != items) pause();
+    while (done_.load(std::memory_order_acquire) != items) relax();
   }
 
  private:
@@ -76,7 +68,7 @@ class Team {
   void wait_for_other_than(uint64_t seen) {
     const auto end = std::chrono::steady_clock::now() + kSpin;
     do {
-      for (int i = 0; i < 64; ++i, pause())
+      for (int i = 0; i < 64; ++i, relax())
         if (loop_of(state_.load(std::memory_order_acquire)) != seen) return;
     } while (std::chrono::steady_clock::now() < end);
     std::unique_lock<std::mutex> lock(sleep_);

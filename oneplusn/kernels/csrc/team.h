@@ -16,6 +16,15 @@ void run_on_team(int threads, int64_t items, TeamBody body, const void* context)
 
 namespace {
 
+// Wait for a moment while spinning.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Call body(i, next) for every i < items, on so many threads; in order where there is but one.
 // `next` is what the same thread does after it, or kNone.
 template <typename Body>

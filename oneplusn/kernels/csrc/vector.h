@@ -63,7 +63,15 @@ inline Pair load(const float* p) {
 }
 
 inline void store(BFloat16* p, Pair v) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const Halves h = (Halves)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first);
+  const Halves w = __builtin_shufflevector(h, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                           23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                           15, 31);
+#else
   const Words w = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000u);
+#endif
   std::memcpy(p, &w, sizeof w);
 }
 
@@ -75,6 +83,20 @@ inline void store_one(BFloat16* p, float v) {
 }
 
 inline void store_one(float* p, float v) { *p = v; }
+
+// Four values at once.
+inline void store_lanes(BFloat16* p, const float* v) {
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  Four w;
+  std::memcpy(&w, v, sizeof w);
+  const Four nan = (Four)((w & 0x7fffffffu) > 0x7f800000u);
+  const Four up = w + 0x7fffu + ((w >> 16) & 1u);
+  const Halves half = __builtin_convertvector(((up & ~nan) | ((w | 0x00400000u) & nan)) >> 16, Halves);
+  std::memcpy(p, &half, sizeof half);
+}
+
+inline void store_lanes(float* p, const float* v) { std::memcpy(p, v, 4 * sizeof *v); }
 
 inline void store(float* p, Pair v) { std::memcpy(p, &v, sizeof v); }
 
@@ -142,10 +164,10 @@ inline void dot(Floats& acc, Words a, Words x) {
 }
 
 // out[m][i] = rows[i] . xs[m] for kLanes rows that lie `width` apart; only the first `lanes` exist.
-// Meanwhile the same number of bytes behind them is fetched, in the order in which it lies.
-template <typename T, int M>
+// For each block of the rows `fetch` is called, which may fetch what comes next.
+template <typename T, int M, typename Fetch>
 inline void dots(const T* rows, int lanes, const T* const* xs, int64_t width,
-                 float (&out)[M][kLanes]) {
+                 float (&out)[M][kLanes], const Fetch& fetch) {
   Floats acc[M][kLanes] = {};
   const int64_t whole = width / kBlock * kBlock, rest = width - whole;
   const T* at[kLanes];
@@ -153,8 +175,8 @@ inline void dots(const T* rows, int lanes, const T* const* xs, int64_t width,
   for (int64_t k = 0; k < whole; k += kBlock) {
     decltype(raw(rows)) x[M];
     for (int m = 0; m < M; ++m) x[m] = raw(xs[m] + k);
+    fetch();
     for (int i = 0; i < kLanes; ++i) {
-      __builtin_prefetch(rows + kLanes * (width + k) + i * kBlock);
       const auto a = raw(at[i] + k);
       for (int m = 0; m < M; ++m) dot(acc[m][i], a, x[m]);
     }
@@ -201,11 +223,16 @@ inline void load_columns(const BFloat16* p, Floats (&out)[2]) {
 inline void store_columns(float* p, const Floats (&v)[2]) { std::memcpy(p, v, sizeof v); }
 
 inline void store_columns(BFloat16* p, const Floats (&v)[2]) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  const auto halves = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+  std::memcpy(p, &halves, sizeof halves);
+#else
   typedef uint16_t Halves __attribute__((vector_size(32)));
   for (int i = 0; i < 2; ++i) {
     const Halves half = __builtin_convertvector(rounded(v[i]) >> 16, Halves);
     std::memcpy(p + 16 * i, &half, sizeof half);
   }
+#endif
 }
 
 // e^x within two units in the last place for x <= 88, and 0 far below.
