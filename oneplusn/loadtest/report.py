@@ -93,7 +93,7 @@ def _case_table(
 
 
 def _server_table(servers: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["", "ready after, s", "first token after, s", "RSS", "PSS"]
+    head = ["", "version", "ready after, s", "first token after, s", "RSS", "PSS"]
     head += ["weights", "KV", "adapters", "RSS beyond", "PSS beyond"]
     lines = list[list[str]]()
     for system, found in servers.items():
@@ -102,7 +102,9 @@ def _server_table(servers: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         sizes = [found[name] for name in ("rss", "pss", "weights", "cache", "adapters")]
         sizes += [own_memory(found, kind) for kind in ("rss", "pss")]
-        lines.append([system, *starts, *(f"{size / 1e6:.0f}" for size in sizes)])
+        lines.append(
+            [system, found.get("version", ""), *starts, *(f"{size / 1e6:.0f}" for size in sizes)]
+        )
     return table(head, lines)
 
 

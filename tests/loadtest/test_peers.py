@@ -14,7 +14,7 @@ from oneplusn.loadtest.bench_cases import Work
 from oneplusn.loadtest.bench_process import listening
 from oneplusn.loadtest.fixtures import Fixtures
 from oneplusn.loadtest.peers import llama_cpp, static_batch, transformers_serve, vllm
-from oneplusn.loadtest.peers.system import Absent, Places, Served
+from oneplusn.loadtest.peers.system import Absent, Places, Served, package_version, version_of
 from oneplusn.loadtest.processes import ChildFailed
 
 
@@ -94,6 +94,23 @@ def test_adapters_are_given_to_those_that_support_them(work: Work, places: Place
     assert "--enable-lora" not in off.command(1)
     assert option(on, "--max-lora-rank") == "64"
     assert ours.held.adapters > on.held.adapters == llama.held.adapters > 0 == off.held.adapters
+
+
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [
+        ("version: 7240 (a1b2c3)\nbuilt with cc\n", "7240 (a1b2c3)"),
+        ("a warning\npytest 9.9\n", "pytest 9.9"),
+        ("", ""),
+    ],
+)
+def test_a_peer_says_its_version(printed: str, found: str) -> None:
+    assert version_of([sys.executable, "-c", f"print({printed!r}, end='')"]) == found
+
+
+def test_a_package_goes_by_the_first_name_that_is_there() -> None:
+    command = package_version(sys.executable, "no-such-package", "pytest")
+    assert version_of(command) == f"pytest {pytest.__version__}"
 
 
 def test_llama_cpp_is_told_a_scale_in_every_request() -> None:

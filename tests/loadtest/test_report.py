@@ -44,7 +44,7 @@ def report() -> str:
             },
             servers={
                 "small": {
-                    "oneplusn": {"ready_s": 3.0, "first_token_s": 3.21, **memory},
+                    "oneplusn": {"version": "0.1", "ready_s": 3.0, "first_token_s": 3.21, **memory},
                     "PEFT, static batch": memory,
                 }
             },
@@ -64,8 +64,8 @@ def test_the_report_names_hardware_threads_and_every_figure(report: str) -> None
     assert (
         "| 16 different LoRAs | PEFT, static batch | 64.0 | 300 / 310 | 25.0 / 34.0 | 3 |" in lines
     )
-    assert "| oneplusn | 3.0 | 3.2 | 1400 | 1200 | 300 | 100 | 200 | 800 | 600 |" in lines
-    assert "| PEFT, static batch |  |  | 1400 | 1200 | 300 | 100 | 200 | 800 | 600 |" in lines
+    assert "| oneplusn | 0.1 | 3.0 | 3.2 | 1400 | 1200 | 300 | 100 | 200 | 800 | 600 |" in lines
+    assert "| PEFT, static batch |  |  |  | 1400 | 1200 | 300 | 100 | 200 | 800 | 600 |" in lines
     assert "| bare base | 15.00 (75%) | 5.00 (25%) | 20.00 |" in lines
 
 

@@ -59,6 +59,7 @@ def systems(work: Work, places: Places) -> list[Served]:
             work=work,
             route=Scaled(list(loras)),
             command=command,
+            version=(program, "--version"),
             held=Held.of(work, list(loras.values())),
             prepare=lambda: run_json(convert, threads=work.threads, limit_s=CONVERT_LIMIT_S),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +19,7 @@ from oneplusn.loadtest.processes import ChildFailed
 from oneplusn.loadtest.stream import LoadFailed
 
 INSIDE = Path(__file__).parent / "inside"
+VERSION_LIMIT_S = 60.0
 
 
 class Absent(Exception):
@@ -103,6 +106,7 @@ class Served:
         ready: Route that answers 200 once it takes requests.
         variables: Of its environment, beside those that fix the threads.
         prepare: Makes what it reads, if that is not there.
+        version: Command that prints its version, in the last line or after a word that says so.
     """
 
     name: str
@@ -114,6 +118,7 @@ class Served:
     ready: str = "/health"
     variables: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[], object] = lambda: None
+    version: Sequence[str] = ()
 
     def run(self, cases: Sequence[str], sink: Sink) -> None:
         """Serve, measure the cases, stop.
@@ -134,9 +139,30 @@ class Served:
 
     def _measure(self, server: Running, cases: Sequence[str], sink: Sink) -> None:
         first = bench_load.first_token(server.address, self.route, self.work)
-        start = {"ready_s": server.ready_s, "first_token_s": first - server.started}
+        start: dict[str, Any] = {"version": version_of(self.version)} if self.version else {}
+        start |= {"ready_s": server.ready_s, "first_token_s": first - server.started}
         for case in cases:
             sink.check()
             found = bench_load.measure(server.address, self.route, self.work, case)
             sink.server(self.name, {**start, **resident(server.pid), **asdict(self.held)})
             sink.row(self.name, case, found)
+
+
+def version_of(command: Sequence[str]) -> str:
+    """Return what a command says that its program's version is; empty where it does not."""
+    found = subprocess.run(  # noqa: S603 - a peer that the user named
+        command, capture_output=True, text=True, timeout=VERSION_LIMIT_S, check=False
+    )
+    said = re.search(r"version: *(.+)", found.stdout + found.stderr)
+    last = found.stdout.split("\n")[-2:-1]
+    return (said[1] if said else "".join(last)).strip()
+
+
+def package_version(interpreter: str, *names: str) -> list[str]:
+    """Return a command that prints the version of a package, under the first name it goes by."""
+    code = (
+        "import sys; from importlib.metadata import distributions as d; "
+        "v = {x.name.lower(): x.version for x in d()}; "
+        "print(next(f'{n} {v[n]}' for n in sys.argv[1:] if n in v))"
+    )
+    return [interpreter, "-P", "-c", code, *names]

@@ -8,7 +8,7 @@ from typing import Any
 
 from oneplusn.loadtest.bench_cases import BASE, ONE, Held, Work
 from oneplusn.loadtest.dialects import Completions, Prompt
-from oneplusn.loadtest.peers.system import Places, Served
+from oneplusn.loadtest.peers.system import Places, Served, package_version
 
 BLOCK_TOKENS = 32
 BATCH_TOKENS = 512
@@ -54,6 +54,7 @@ def systems(work: Work, places: Places) -> list[Served]:
             work=work,
             route=Words(folder),
             command=command,
+            version=package_version(python, "transformers"),
             held=Held.of(work),
             prepare=lambda: write_without_end(work.fixtures.base, folder),
         )

