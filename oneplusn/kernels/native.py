@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,9 @@ SIGNATURES = {
     "oneplusn_attention": [_address, _int, _int],
     "oneplusn_write_cache": [*[_address] * 3, _int, _long, _int, _int, *[_long] * 3],
     "oneplusn_pack_linear": [_address, _address, _int, _long, _long],
+    "oneplusn_pack_int8_linear": [_address, _address, _long, _long],
     "oneplusn_linear": [_address, _int, _address, _long, _address, _long, _long, _int],
+    "oneplusn_draw": [_address, _int],
     "oneplusn_layers": [_address, _long, _address, _address, _int, _address, _int],
 }
 """Arguments of every function of the library; none returns anything."""
@@ -105,10 +108,7 @@ class Arguments:
     def step(self, plan: Plan) -> StepArguments:
         """Return the addresses of a plan's rows and uses; made when the composition changes."""
         if plan is not self._plan:
-            composition = (
-                plan.segments,
-                *(array.tobytes() for array in (plan.rows, plan.runs, plan.ks)),
-            )
+            composition = (plan.segments, plan.infos, plan.rows.tobytes())
             if composition != self._composition:
                 self._arrays = _step_arrays(plan)
                 counts = (len(plan.segments), len(plan.clusters), len(self._arrays[-1]))
@@ -120,24 +120,22 @@ class Arguments:
 
 def _step_arrays(plan: Plan) -> list[IntArray]:
     """Write a plan as the arrays of STEP_ARRAYS."""
-    uses = [plan.uses(segment.start) for segment in plan.segments]
-    stops = [segment.stop for segment in plan.segments]
-    clusters = np.searchsorted(stops, [stop for _, stop in plan.clusters]) + 1
-    runs = np.array([run for used in uses for run, _ in used], dtype=np.int32)
-    rank = {run: index for index, run in enumerate(plan.run_keys)}
-    ranks = np.array([rank[run] for run in runs.tolist()], dtype=np.int32)
-    cluster = np.repeat(np.searchsorted(clusters, range(len(uses)), "right"), list(map(len, uses)))
-    arrays = [
-        plan.rows,
-        np.array([0, *stops]),
-        np.cumsum([0, *(len(used) for used in uses)]),
-        np.array([segment.slot for segment in plan.segments]),
-        np.array([0, *clusters]),
-        runs,
-        np.array([k for used in uses for _, k in used]),
-        np.lexsort((ranks, cluster)),
-    ]
-    return [np.ascontiguousarray(array, dtype=np.int32) for array in arrays]
+    stops = [0, *(segment.stop for segment in plan.segments)]
+    places = {stop: place for place, stop in enumerate(stops)}
+    clusters = [0, *(places[stop] for _, stop in plan.clusters)]
+    bounds = [0, *accumulate(len(info.uses) for info in plan.infos)]
+    uses = [use for info in plan.infos for use in info.uses]
+    keys = [info.run_keys[k] for info in plan.infos for _, k in info.uses]
+    by_key = list[int]()
+    for first, last in pairwise(clusters):
+        mine = range(bounds[first], bounds[last])
+        # The uses of one segment are in this order already.
+        by_key += mine if last - first == 1 else sorted(mine, key=keys.__getitem__)
+    lists = (
+        *(stops, bounds, [segment.slot for segment in plan.segments], clusters),
+        *([run for run, _ in uses], [k for _, k in uses], by_key),
+    )
+    return [plan.rows, *(np.array(values, dtype=np.int32) for values in lists)]
 
 
 class _Threads:

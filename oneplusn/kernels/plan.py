@@ -141,7 +141,7 @@ class SlotInfo:
         run_keys: Content identity of each run. Orders and caches go by it, never by ids, which
             are used again for other content.
         run_pages: Pages of each run at the site where it has the most.
-        order: What slots are put in order by.
+        order: What slots are put in order by: the cluster, then the key.
         uses: The runs with their k, in the order of their keys, which is that of every tile.
     """
 
@@ -150,14 +150,15 @@ class SlotInfo:
     runs: tuple[int, ...]
     run_keys: tuple[RunKey, ...]
     run_pages: tuple[int, ...]
-    order: tuple[tuple[str, ...], str] = field(init=False, repr=False, compare=False)
+    order: str = field(init=False, repr=False, compare=False)
     uses: tuple[RunUse, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.runs) == len(set(self.runs)) <= MAX_RUNS, self
         assert len(self.runs) == len(self.run_keys) == len(self.run_pages), self
         ks = sorted(range(len(self.runs)), key=self.run_keys.__getitem__)
-        object.__setattr__(self, "order", (self.cluster, self.key))
+        # One text is compared several times as fast as a tuple of tuples; \0 is in no digest.
+        object.__setattr__(self, "order", "\0".join((*self.cluster, "", self.key)))
         object.__setattr__(self, "uses", tuple(RunUse(self.runs[k], k) for k in ks))
 
 
@@ -325,7 +326,7 @@ class Planner:
 
 def sort_slots(chosen: Iterable[int], slots: Mapping[int, SlotInfo]) -> list[int]:
     """Put slots into the order of a plan's rows: by cluster, then by content."""
-    return [slot for _, slot in sorted([(slots[slot].order, slot) for slot in chosen])]
+    return sorted(sorted(chosen), key=lambda slot: slots[slot].order)
 
 
 def _sort_rows(batch: IntArray, order: Sequence[int]) -> tuple[IntArray, tuple[Segment, ...]]:

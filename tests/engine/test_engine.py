@@ -314,6 +314,30 @@ def test_fault_ends_the_requests_of_its_step_and_no_others(
 # Memory and limits.
 
 
+def test_scores_that_are_nan_end_their_own_request_and_no_other(monkeypatch) -> None:
+    engine = tiny_engine("llama", [])
+    run_step = engine.runner.run
+
+    def one_of_them(schedule):
+        logits = run_step(schedule).clone()
+        for row, seq in enumerate(schedule.sampled):
+            if seq.id == "broken" and seq.output:
+                logits[row] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine.runner, "run", one_of_them)
+    for name in ("broken", "sound"):
+        engine.submit(submit(request_id=name, max_tokens=3, ignore_eos=True))
+    outputs = [output for _ in range(4) for output in engine.step().outputs]
+
+    ends = {output.id: (output.finish, output.error) for output in outputs if output.finish}
+    assert ends["sound"] == ("length", None)
+    finish, error = ends["broken"]
+    assert finish == "error"
+    assert "NaN" in error
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+
+
 def test_memory_plan_prints_what_everybody_gets() -> None:
     lines = str(tiny_engine("llama").memory).splitlines()
     assert [line.split("  ")[0] for line in lines] == [

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from oneplusn.errors import InvalidRequest
+from oneplusn.kernels import draw_native
 from oneplusn.server.engine.draws import GROUP, Filters, largest_of, smallest_kept, uniforms
-from oneplusn.server.engine.sampler import Sampler
+from oneplusn.server.engine.sampler import NO_TOKEN, Sampler
 from oneplusn.server.engine.sequence import Sequence
 from oneplusn.server.messages import Sampling
 from tolerances import assert_close
@@ -381,6 +382,25 @@ def test_logits_of_inference_mode_and_others_may_alternate():
     with torch.inference_mode():
         inside = sampler.sample(logits.clone(), [seq])
     assert sampler.sample(logits, [seq]) == inside
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "request_", [{"temperature": 0}, {}, {"top_p": 0.5}, {"logprobs": 2}], ids=str
+)
+def test_a_row_without_a_distribution_has_no_token_and_changes_no_other(
+    request_, value, compiled, monkeypatch
+):
+    if not compiled:
+        monkeypatch.setattr(draw_native, "takes", lambda logits: False)
+    sound = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    broken = sound.clone()
+    broken[1] = value
+    seqs = [sequence(seed=row, **request_) for row in range(3)]
+    first, _, last = sample(sound, *seqs).tokens
+
+    assert sample(broken, *seqs).tokens == [first, NO_TOKEN, last]
 
 
 def test_a_step_that_samples_nothing_yields_nothing():

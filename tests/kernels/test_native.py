@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from delta_batches import (
 )
 from oneplusn.kernels import cpu_native, native
 from oneplusn.kernels.cpu_step import TASK_ROWS
-from oneplusn.kernels.plan import build_plan
+from oneplusn.kernels.plan import Planner, SlotInfo, build_plan
 from site_builder import Cluster
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -154,3 +155,67 @@ def test_without_a_compiler_the_log_says_what_to_install(
     with caplog.at_level(logging.INFO):
         assert native.loaded() is None
     assert "install g++" in caplog.text
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    """Count the calls, of Python's functions and of C's, that some work makes."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def lone_tasks(count: int) -> dict[int, SlotInfo]:
+    """Return slots of so many tasks, each of an adapter of its own."""
+    return {
+        index: SlotInfo(f"{index:05}/t", (f"{index:05}",), (index,), ((f"{index:05}", 0),), (1,))
+        for index in range(1, count + 1)
+    }
+
+
+class TestTheHostsWorkOfAStep:
+    """Counted, not timed: what a plan and its arrays take must not grow with what is resident."""
+
+    ROWS = 64
+
+    def calls(self, resident: int, rows: int) -> int:
+        planner, arguments = Planner(lone_tasks(resident)), native.Arguments()
+        batch = list(range(resident, resident - rows, -1))
+        return num_calls(lambda: arguments.step(planner.plan(batch)))
+
+    def test_it_depends_on_the_rows_and_not_on_what_is_resident(self) -> None:
+        calls = self.calls(self.ROWS, self.ROWS)
+
+        assert self.calls(4096, self.ROWS) < calls + self.ROWS / 2
+        assert calls < 12 * self.ROWS
+
+    def test_a_step_like_the_one_before_looks_once_at_every_slot(self) -> None:
+        planner, arguments = Planner(lone_tasks(4096)), native.Arguments()
+        batch = list(range(1, self.ROWS + 1))
+        first = arguments.step(planner.plan(batch))
+
+        assert num_calls(lambda: arguments.step(planner.plan(batch))) < 4 * self.ROWS
+        assert arguments.step(planner.plan(batch)) is first
+
+    def test_the_kernel_reads_no_tiles_so_none_are_cut(self) -> None:
+        planner, arguments = Planner(lone_tasks(4096)), native.Arguments()
+        plan = planner.plan([1, 2, 2, 0, 4096])
+        arguments.step(plan)
+
+        assert "_tiles" not in vars(plan)
+
+    def test_another_version_in_the_same_slot_is_another_step(self) -> None:
+        slots = lone_tasks(3)
+        arguments = native.Arguments()
+        first = arguments.step(build_plan([1, 2], slots))
+        slots[2] = SlotInfo("other/t", ("other",), (7,), (("other", 0),), (1,))
+
+        assert arguments.step(build_plan([1, 2], slots)) is not first

@@ -25,7 +25,7 @@ from oneplusn.server.engine.memory import plan_memory
 from oneplusn.server.engine.model import LoadedModel
 from oneplusn.server.engine.residency import Residency
 from oneplusn.server.engine.runner import Runner
-from oneplusn.server.engine.sampler import SampledTokens, Sampler, TopTokens
+from oneplusn.server.engine.sampler import SampledTokens, Sampler, TopTokens, failure_of
 from oneplusn.server.engine.scheduler import Schedule, Scheduler
 from oneplusn.server.engine.sequence import Sequence, Status
 from oneplusn.server.messages import (
@@ -373,8 +373,8 @@ class Engine:
     def _commit(self, schedule: Schedule, sampled: SampledTokens) -> list[TokenOutput]:
         """Record what a step computed, release what has finished, and say it."""
         seqs = schedule.sampled
-        for seq in seqs:
-            if seq.grammar is not None and seq.grammar.failure is not None:
+        for seq, token in zip(seqs, sampled.tokens, strict=True):
+            if failure_of(seq, token) is not None:
                 self._end(seq.id, "error")
         for seq in self.scheduler.commit(schedule, sampled.tokens):
             self._release(seq)
@@ -385,9 +385,9 @@ class Engine:
         self, seq: Sequence, token: int, logprob: float | None, top: TopTokens | None
     ) -> TokenOutput:
         """Say what a step did for one sequence."""
+        if (failure := failure_of(seq, token)) is not None:
+            return TokenOutput(seq.id, finish="error", error=failure)
         grammar = seq.grammar
-        if grammar is not None and grammar.failure is not None:
-            return TokenOutput(seq.id, finish="error", error=grammar.failure)
         # One that was brought to its end for want of tokens has an end token all the same.
         is_mark = grammar is not None and seq.finish == "length" and token in self.model.eos_ids
         return TokenOutput(

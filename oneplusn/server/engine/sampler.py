@@ -23,6 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from oneplusn.kernels import draw_native
+from oneplusn.kernels.draw_native import Draws
 from oneplusn.server.engine.draws import GROUP, Filters, draw, draw_filtered, largest_of, uniforms
 from oneplusn.server.engine.history import History
 from oneplusn.server.engine.masks import TokenMasks
@@ -34,6 +36,8 @@ TopTokens = list[tuple[int, float]]
 
 # Below the smallest normal number a temperature would divide 0 by 0; it is greedy long before.
 MIN_TEMPERATURE = 1e-30
+NO_TOKEN = -1
+"""Picked from a row that holds no distribution: the model or an adapter computed NaN or inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class SampledTokens:
     """What was picked, one entry a row.
 
     Attributes:
-        tokens: The tokens.
+        tokens: The tokens; NO_TOKEN where there is none to be picked.
         logprobs: Their log-probabilities, where asked for.
         top: The likeliest tokens with theirs, likeliest first, where asked for.
     """
@@ -128,7 +132,7 @@ class Sampler:
         rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
         tokens = _argmax(scores) if len(rows) < len(seqs) else [0] * len(seqs)
         if rows:
-            picked = self._draw(self._padded(scores, rows), [seqs[row] for row in rows])
+            picked = self._draw(scores, rows, seqs)
             for row, token in zip(rows, picked, strict=True):
                 tokens[row] = token
         logprobs, top = self._log_probabilities(logits, seqs, tokens)
@@ -184,24 +188,31 @@ class Sampler:
         history.read(seq.output)
         return history
 
-    def _draw(self, padded: Tensor, seqs: list[Sequence]) -> list[int]:
-        """Draw a token of each row of scores [n, whole groups], which are overwritten."""
-        params = [seq.sampling for seq in seqs]
-        if any(param.temperature != 1 for param in params):
-            # Multiplied: dividing takes twice as long.
-            factors = [1 / max(param.temperature, MIN_TEMPERATURE) for param in params]
-            padded.mul_(torch.tensor(factors, dtype=torch.float32, device=padded.device)[:, None])
+    def _draw(self, scores: Tensor, rows: list[int], seqs: list[Sequence]) -> list[int]:
+        """Draw a token of each of these rows of scores [M, V], or NO_TOKEN."""
+        chosen = [seqs[row] for row in rows]
+        params = [seq.sampling for seq in chosen]
+        # Multiplied: dividing takes twice as long.
+        factors = np.array([1 / max(p.temperature, MIN_TEMPERATURE) for p in params], np.float32)
+        numbers = uniforms((seq.seed for seq in chosen), (seq.num_tokens for seq in chosen))
+        top_k = np.array([param.top_k for param in params], np.int64)
+        top_p = np.array([param.top_p for param in params], np.float64)
+        min_p = np.array([param.min_p for param in params], np.float64)
+        if draw_native.takes(scores):
+            places = np.array(rows, np.int64)
+            return draw_native.draw(scores, Draws(places, factors, top_k, top_p, min_p, numbers))
+        padded, device = self._padded(scores, rows), scores.device
+        padded.mul_(torch.from_numpy(factors).to(device)[:, None])
         weights = torch.softmax(padded, -1, out=padded)
-        numbers = uniforms((seq.seed for seq in seqs), (seq.num_tokens for seq in seqs))
-        uniform = torch.from_numpy(numbers).to(padded.device)
+        lost = ~weights[:, 0].isfinite()  # NaN is all of a row, or nothing
+        weights[lost] = 1.0
+        uniform = torch.from_numpy(numbers).to(device)
         if not any(param.top_k or param.top_p < 1 or param.min_p for param in params):
-            return draw(weights, uniform).tolist()
-        filters = Filters(
-            torch.tensor([param.top_k for param in params], device=padded.device),
-            torch.tensor([param.top_p for param in params], dtype=torch.float64).to(padded.device),
-            torch.tensor([param.min_p for param in params], dtype=torch.float64).to(padded.device),
-        )
-        return draw_filtered(weights, uniform, filters).tolist()
+            tokens = draw(weights, uniform)
+        else:
+            filters = (torch.from_numpy(each).to(device) for each in (top_k, top_p, min_p))
+            tokens = draw_filtered(weights, uniform, Filters(*filters))
+        return tokens.masked_fill(lost, NO_TOKEN).tolist()
 
     def _padded(self, scores: Tensor, rows: list[int]) -> Tensor:
         """Copy these rows of scores [M, V] into the scratch buffer.
@@ -233,7 +244,7 @@ class Sampler:
         if not counts:
             return chosen, top
         scores = self._padded(logits, list(counts))
-        places = torch.tensor([[tokens[row]] for row in counts], device=scores.device)
+        places = torch.tensor([[max(0, tokens[row])] for row in counts], device=scores.device)
         own = scores.gather(1, places)
         best, ids = largest_of(scores, max(1, *counts.values()))
         weights = torch.softmax(scores, -1, out=scores)
@@ -248,8 +259,21 @@ class Sampler:
 
 
 def _argmax(scores: Tensor) -> list[int]:
-    """Find the largest score of each row [M, V]; numpy does so 15 times faster on a CPU."""
-    if scores.device.type == "cpu":
-        best: list[int] = scores.float().numpy().argmax(-1).tolist()
-        return best
-    return scores.argmax(-1).tolist()
+    """Find the largest score of each row [M, V], or NO_TOKEN where that is NaN or infinite."""
+    if scores.device.type == "cpu":  # numpy does so 15 times faster there
+        values = scores.float().numpy()
+        best = values.argmax(-1)
+        sound = np.isfinite(values[np.arange(len(best)), best])
+        picked: list[int] = np.where(sound, best, NO_TOKEN).tolist()
+        return picked
+    top, ids = scores.max(-1)
+    return torch.where(top.isfinite(), ids, NO_TOKEN).tolist()
+
+
+def failure_of(seq: Sequence, token: int) -> str | None:
+    """Say why a sequence cannot go on after a step; None where it can."""
+    if seq.grammar is not None and seq.grammar.failure is not None:
+        return seq.grammar.failure
+    if token != NO_TOKEN:
+        return None
+    return "the model or the adapter computed NaN or infinite scores; check the adapter's weights"
