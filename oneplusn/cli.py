@@ -162,6 +162,7 @@ def _generate(args: argparse.Namespace) -> int:
         adapters=settings.adapter,
         revision=settings.revision,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         device=settings.device,
         threads=settings.threads,
         kv_memory=settings.kv_memory,

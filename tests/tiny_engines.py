@@ -79,11 +79,12 @@ def tiny_engine(
     bundles: Sequence[Bundle] = (),
     *,
     dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
     clock: Callable[[], float] = time.monotonic,
     **limits: int,
 ) -> Engine:
     limits = {"kv_memory": 4 * MIB, "adapter_memory": 16 * MIB} | limits
-    loaded = prepare_model(tiny_model(family).to(dtype), Path(family))
+    loaded = prepare_model(tiny_model(family).to(dtype), Path(family), stored=stored)
     engine = Engine(loaded, EngineConfig(**limits), clock=clock)
     for bundle in bundles:
         engine.load(bundle)

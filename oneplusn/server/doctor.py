@@ -39,6 +39,7 @@ def report(settings: Settings) -> Iterator[str]:
         settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         device=settings.device,
         threads=settings.threads,
     )

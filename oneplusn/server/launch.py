@@ -101,6 +101,7 @@ def build_engine(settings: Settings) -> tuple[EngineCore, Opener, Ready]:
         settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         device=settings.device,
         threads=settings.threads,
     )

@@ -29,7 +29,7 @@ from oneplusn.server.host import free_cores
 
 ENV_PREFIX = "ONEPLUSN_"
 # What the engine's process is told, and what commands take that load a model without a server.
-MODEL_SETTINGS = ("model", "revision", "device", "dtype", "threads")
+MODEL_SETTINGS = ("model", "revision", "device", "dtype", "quantize", "threads")
 ENGINE_SETTINGS = (
     *MODEL_SETTINGS,
     "kv_memory",
@@ -84,6 +84,13 @@ class Settings(BaseSettings):
         description=(
             "Type of weights and arithmetic; `auto` keeps bfloat16 files in bfloat16 where the "
             "processor multiplies it in hardware, and takes float32 otherwise."
+        ),
+    )
+    quantize: Literal["none", "int8"] = Field(
+        "none",
+        description=(
+            "What the base's linear layers keep their weights in; `int8` has 8 bits each and a "
+            "scale for every output, and is for the CPU."
         ),
     )
     threads: int = Field(

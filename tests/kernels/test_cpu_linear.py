@@ -23,7 +23,8 @@ def _one_thread_again() -> Iterator[None]:
 
 
 def packed(weight: Tensor, bias: Tensor | None = None) -> Panels:
-    (panels,) = cpu_linear.pack([(weight, bias)], cpu_linear.size_of(weight), weight.dtype)
+    elements = cpu_linear.size_of(weight.shape, weight.dtype)
+    (panels,) = cpu_linear.pack([(weight, bias)], elements, weight.dtype)
     return panels
 
 
@@ -89,18 +90,18 @@ def test_no_rows_are_no_work() -> None:
     ],
 )
 def test_what_can_be_packed(dtype: torch.dtype, width: int, can: bool) -> None:
-    assert cpu_linear.takes(torch.ones(2, width, dtype=dtype)) is can
+    assert cpu_linear.takes(torch.ones(2, width, dtype=dtype), dtype) is can
 
 
 def test_without_a_compiler_nothing_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "compiled", lambda: False)
-    assert not cpu_linear.takes(torch.ones(2, 4))
+    assert not cpu_linear.takes(torch.ones(2, 4), torch.float32)
 
 
 def test_weights_lie_one_after_another_in_one_buffer() -> None:
     shapes = [(33, 8), (7, 6), (64, 2)]
     weights = [whole_numbers(*shape, dtype=torch.bfloat16) for shape in shapes]
-    elements = sum(map(cpu_linear.size_of, weights))
+    elements = sum(cpu_linear.size_of(shape, torch.bfloat16) for shape in shapes)
     for weight, panels in zip(
         weights,
         list(cpu_linear.pack([(w, None) for w in weights], elements, torch.bfloat16)),

@@ -13,7 +13,8 @@ extern "C" {
 // Weights `[ceil(N / 32)][ceil(K / depth)][32][depth]`, zeros where there are none.
 struct Linear {
   const void* panels;
-  const void* bias;  // [N] or null
+  const void* bias;      // [N] or null
+  const float* scales;   // [N] up to whole panels, of panels in int8; or null
   int64_t width;     // K, a multiple of the depth
   int64_t columns;   // N
 };

@@ -190,24 +190,25 @@ def model_logits(
     return logits
 
 
-def accelerate(model: PreTrainedModel) -> bool:
+def accelerate(model: PreTrainedModel, stored: torch.dtype | None = None) -> bool:
     """Replace the model's layers by fast ones where that is possible; tell whether they are fast.
 
     Sites have to be looked for before, as the linears of slices are gone afterwards.
+
+    Args:
+        model: On the CPU.
+        stored: int8 to keep the weights of the layers' linears in it; None = as they are.
     """
+    kept = stored or model.dtype
     if stack_of(model) is not None:
         return True
     layers = cast(Any, model).model.layers if type(model) in MODELS else nn.ModuleList()
-    if not len(layers) or not all(_fits(layer) for layer in layers):
+    if not len(layers) or not all(_fits(layer, kept) for layer in layers):
         return False
     first: Any = layers[0]
     stack = Stack(first.self_attn, first.input_layernorm)
-    elements = sum(
-        cpu_linear.size_of(torch.empty(shape, dtype=model.dtype, device="meta"))
-        for layer in layers
-        for shape in _shapes(layer)
-    )
-    packed = cpu_linear.pack(_weights(layers), elements, model.dtype)
+    elements = sum(cpu_linear.size_of(shape, kept) for layer in layers for shape in _shapes(layer))
+    packed = cpu_linear.pack(_weights(layers), elements, kept)
     for index, layer in enumerate(layers):
         linears = [CompiledLinear(next(packed)) for _ in LINEARS]
         stack.layers.append(FastLayer(layer, linears, stack))
@@ -215,7 +216,7 @@ def accelerate(model: PreTrainedModel) -> bool:
     return True
 
 
-def _fits(layer: Any) -> bool:  # noqa: ANN401  (any module that is a layer)
+def _fits(layer: Any, kept: torch.dtype) -> bool:  # noqa: ANN401  (any module that is a layer)
     """Tell whether a layer is one of those that a fast layer computes like, and no subclass."""
     kinds = FAMILIES.get(type(layer))
     if kinds is None or layer.self_attn.config.hidden_act != "silu":
@@ -224,7 +225,7 @@ def _fits(layer: Any) -> bool:  # noqa: ANN401  (any module that is a layer)
     own = [child for child in layer.modules() if child is not layer]
     linears = [child for child in own if isinstance(child, nn.Linear)]
     return all(type(child) in known or child is layer.mlp.act_fn for child in own) and all(
-        cpu_linear.takes(linear.weight) for linear in linears
+        cpu_linear.takes(linear.weight, kept) for linear in linears
     )
 
 

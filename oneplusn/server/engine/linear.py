@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from oneplusn.kernels import cpu_linear
-from oneplusn.kernels.cpu_linear import Panels
+from oneplusn.kernels.cpu_linear import Int8Weight, Panels
 
 # Rows that the layout is chosen for. It serves any number of rows; at 16, decode was as fast as or
 # faster than with layouts chosen for 1, 64 or none (896 -> 4864, bf16).
@@ -44,7 +46,8 @@ class CompiledLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer in a printed model."""
-        return f"{self.in_features}, {self.out_features}, compiled"
+        stored = str(self.panels.stored).removeprefix("torch.")
+        return f"{self.in_features}, {self.out_features}, compiled, {stored}"
 
 
 class PackedLinear(nn.Module):
@@ -100,33 +103,69 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, stored: torch.dtype | None = None) -> int:
     """Replace every plain linear of a model by its packed form, where that is possible.
 
     The original weights are freed, except where something else holds them, as tied embeddings
     do. Layers that subclass the linear keep their own arithmetic and are left alone.
 
+    Args:
+        model: On the CPU.
+        stored: int8, for those weights that can be kept in it; None = as they are.
+
     Returns:
         How many were replaced.
     """
-    names = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    weights = {name: _weight(model, name) for name in names}
-    compiled = {name: weight for name, weight in weights.items() if cpu_linear.takes(weight)}
-    packed = [] if compiled else [name for name, weight in weights.items() if can_pack(weight)]
+    names = _plain_linears(model)
     sizes: defaultdict[torch.dtype, dict[str, int]] = defaultdict(dict)
-    for name, weight in compiled.items():
-        sizes[weight.dtype][name] = cpu_linear.size_of(weight)
-    del weights  # so that each is freed when its linear is replaced
-    count = len(compiled) + len(packed)
-    compiled.clear()
-    for dtype, of_dtype in sizes.items():
-        sources = ((_weight(model, name), _bias(model, name)) for name in of_dtype)
-        made = cpu_linear.pack(sources, sum(of_dtype.values()), dtype)
-        for name, panels in zip(of_dtype, made, strict=True):
+    for name in names:
+        weight = _weight(model, name)
+        kept = _kept_in(weight, stored)
+        if cpu_linear.takes(weight, kept):
+            sizes[kept][name] = cpu_linear.size_of(weight.shape, kept)
+    for kept, elements in sizes.items():
+        sources = ((_weight(model, name), _bias(model, name)) for name in elements)
+        made = cpu_linear.pack(sources, sum(elements.values()), kept)
+        for name, panels in zip(elements, made, strict=True):
             model.set_submodule(name, CompiledLinear(panels))
+    if sizes:
+        return sum(map(len, sizes.values()))
+    packed = [name for name in names if can_pack(_weight(model, name))]
     for name in packed:
         model.set_submodule(name, PackedLinear(_weight(model, name), _bias(model, name)))
-    return count
+    return len(packed)
+
+
+def _kept_in(weight: Tensor, stored: torch.dtype | None) -> torch.dtype:
+    """Tell what a weight is to be kept in: int8 where that is wanted and possible."""
+    return weight.dtype if stored is None or not cpu_linear.takes(weight, stored) else stored
+
+
+@contextmanager
+def rounded_linears(model: nn.Module, stored: torch.dtype) -> Iterator[None]:
+    """Give linears the values that int8 will leave them, for a while.
+
+    What shares its weight with a linear, as a tied embedding does, keeps its own.
+    """
+    originals = {}
+    for name in _plain_linears(model):
+        weight = _weight(model, name)
+        if cpu_linear.takes(weight, stored):
+            module = model.get_submodule(name)
+            originals[module] = module.weight
+            values = Int8Weight.of(weight).values(weight.dtype)
+            values = values.t() if isinstance(module, Conv1D) else values
+            module.weight = nn.Parameter(values, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, original in originals.items():
+            module.weight = original
+
+
+def _plain_linears(model: nn.Module) -> list[str]:
+    """Name the linears that are no subclass."""
+    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -116,6 +116,7 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         revision: str | None = None,
         dtype: str = "auto",
+        quantize: str = "none",
         device: str = "auto",
         threads: int | None = None,
         **limits: Unpack[Limits],
@@ -128,6 +129,7 @@ class Engine:
                 demo brings its own.
             revision: Branch, tag or commit, for a hub id.
             dtype: As `load_model` takes it.
+            quantize: As `load_model` takes it.
             device: As `load_model` takes it.
             threads: As `load_model` takes it.
             **limits: Fields of `EngineConfig`.
@@ -138,7 +140,14 @@ class Engine:
         """
         name = str(model)
         config = EngineConfig(**limits)
-        loaded = load_model(name, revision=revision, dtype=dtype, device=device, threads=threads)
+        loaded = load_model(
+            name,
+            revision=revision,
+            dtype=dtype,
+            quantize=quantize,
+            device=device,
+            threads=threads,
+        )
         self.tokenizer = Tokenizer(loaded.folder)
         self.core = Core(loaded, config)
         self._tasks: dict[str, tuple[TaskRef, str]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ import oneplusn.demo
 from oneplusn.adapters.attach import find_sites
 from oneplusn.adapters.fingerprint import base_fingerprint
 from oneplusn.errors import ConfigError, ModelRefused
-from oneplusn.kernels import native
+from oneplusn.kernels import native, ops
 from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.attention import LayerShape
 from oneplusn.server.engine.families import accelerate
-from oneplusn.server.engine.linear import CompiledLinear, PackedLinear, pack_linears
+from oneplusn.server.engine.linear import (
+    CompiledLinear,
+    PackedLinear,
+    pack_linears,
+    rounded_linears,
+)
 from oneplusn.server.engine.memory import check_weights_fit
 from oneplusn.server.engine.probe import ProbeReport, probe
 from oneplusn.server.host import free_cores, give_memory_back
@@ -31,6 +37,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+QUANTIZE = {"none": None, "int8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +48,7 @@ class LoadedModel:
         model: The Hugging Face model, in inference mode, its layers replaced by fast ones and its
             linears packed where that helps.
         folder: Where its tokenizer lies.
-        dtype: Of the activations.
+        dtype: Of the activations, and of all weights that are not in int8.
         eos_ids: Tokens that end a sequence.
         vocab_size: Number of logits V.
         max_model_len: Most tokens of a sequence that the model can tell apart.
@@ -72,6 +79,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    quantize: str = "none",
 ) -> LoadedModel:
     """Load, probe and prepare a base model. Code that comes with a model is never run.
 
@@ -83,9 +91,11 @@ def load_model(
         device: "auto" or "cpu".
         threads: Threads to compute with, in the whole process; None = those that
             `host.free_cores` finds.
+        quantize: "none", or "int8" to keep the weights of linears in 8 bits, as `Int8Weight` does.
 
     Raises:
-        ConfigError: There is no such model, or no such device or dtype.
+        ConfigError: There is no such model, device, dtype or way to quantize, or int8 does not go
+            with them.
         ModelRefused: The model needs code of its own, its files and its class do not match, or it
             failed its probe.
         MemoryPlanRefused: Its weights do not fit in what is free.
@@ -97,29 +107,41 @@ def load_model(
     path = resolve_model(path_or_id)
     config = _load_config(path, revision)
     computed = resolve_dtype(config, dtype)
+    stored = resolve_quantize(config, quantize, computed)
     check_weights_fit(Path(path), computed, stored=_stored_dtype(config) or computed)
     model = _load_weights(path, revision, config, computed)
     folder = _tokenizer_folder(path, revision)
-    return prepare_model(model, folder, fingerprint=base_fingerprint(folder))
+    return prepare_model(model, folder, fingerprint=base_fingerprint(folder), stored=stored)
 
 
-def prepare_model(model: PreTrainedModel, folder: Path, *, fingerprint: str = "") -> LoadedModel:
+def prepare_model(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    fingerprint: str = "",
+    stored: torch.dtype | None = None,
+) -> LoadedModel:
     """Probe a model and pack its linears.
 
     Args:
         model: With its weights, on the CPU.
         folder: Where its tokenizer lies.
         fingerprint: Identity of the files that it came from.
+        stored: int8 to keep the weights of linears in it; None = as they are.
 
     Raises:
-        ModelRefused: It failed its probe, or does not say how long its context is.
+        ModelRefused: It failed its probe, or does not say how long its context is, or has no
+            linear for int8.
     """
     model.eval().requires_grad_(requires_grad=False)
     sites = tuple(find_sites(model))
-    report = probe(model, accelerate)
+    rounded = None if stored is None else partial(rounded_linears, stored=stored)
+    report = probe(model, partial(_speed_up, stored=stored), rounded)
     max_model_len = _max_model_len(model.config, report.layers)
-    accelerate(model)
-    pack_linears(model)
+    _speed_up(model, stored)
+    pack_linears(model, stored)
+    if stored is not None:
+        _check_packed(model, stored)
     for weight in (*model.parameters(), *model.buffers()):
         weight.data = weight.data.clone()  # of a mapped file, the little that is still used
     give_memory_back()
@@ -136,6 +158,13 @@ def prepare_model(model: PreTrainedModel, folder: Path, *, fingerprint: str = ""
         probe=report,
         fingerprint=fingerprint,
     )
+
+
+def _speed_up(model: PreTrainedModel, stored: torch.dtype | None) -> None:
+    """Give a model fast layers where that is possible, and other linears what int8 leaves them."""
+    accelerate(model, stored)
+    if stored is not None:
+        pack_linears(model, stored)
 
 
 def resolve_model(name: str) -> str:
@@ -180,6 +209,53 @@ def resolve_dtype(config: PreTrainedConfig, name: str = "auto") -> torch.dtype:
     native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     keep = native and _stored_dtype(config) == torch.bfloat16
     return torch.bfloat16 if keep else torch.float32
+
+
+def resolve_quantize(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> torch.dtype | None:
+    """Choose what the weights of linears are kept in; None = `dtype`.
+
+    Raises:
+        ConfigError: No such way to quantize, or it does not go with the model, the dtype or this
+            machine.
+    """
+    if name not in QUANTIZE:
+        msg = f"quantize {name!r} is not supported; use one of {', '.join(QUANTIZE)}"
+        raise ConfigError(msg)
+    stored = QUANTIZE[name]
+    if stored is None:
+        return None
+    before = getattr(config, "quantization_config", None)
+    if before is not None:
+        msg = (
+            f"quantize {name!r} is for weights as they were trained, and these are quantized "
+            f"({before.get('quant_method')}); give the model that they were made from"
+        )
+        raise ConfigError(msg)
+    if dtype not in (torch.bfloat16, torch.float32):
+        msg = f"quantize {name!r} goes with dtype bfloat16 or float32, not {dtype}; give one"
+        raise ConfigError(msg)
+    if not ops.compiled():
+        msg = (
+            f"quantize {name!r} needs compiled kernels, and there are none; install g++ and leave "
+            f"ONEPLUSN_KERNELS unset, or give quantize 'none'"
+        )
+        raise ConfigError(msg)
+    return stored
+
+
+def _check_packed(model: PreTrainedModel, stored: torch.dtype) -> None:
+    """Insist that quantizing did something.
+
+    Raises:
+        ModelRefused: It did not.
+    """
+    linears = (module for module in model.modules() if isinstance(module, CompiledLinear))
+    if not any(linear.panels.stored == stored for linear in linears):
+        msg = (
+            f"{type(model).__name__} has no linear whose weight can be kept in 8 bits: they are of "
+            f"a kind of its own, or read an odd number of inputs; give quantize 'none'"
+        )
+        raise ModelRefused(msg)
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,7 +67,9 @@ class _Span(NamedTuple):
 
 @torch.inference_mode()
 def probe(
-    model: PreTrainedModel, change: Callable[[PreTrainedModel], object] | None = None
+    model: PreTrainedModel,
+    change: Callable[[PreTrainedModel], object] | None = None,
+    rounded: Callable[[PreTrainedModel], AbstractContextManager[None]] | None = None,
 ) -> ProbeReport:
     """Compare ragged steps over a paged cache with the model's own attention.
 
@@ -78,6 +81,8 @@ def probe(
         model: In inference mode.
         change: Replaces parts of a model by faster ones, if it can; what it leaves is compared
             with the original's logits. The model is changed, or a copy of it.
+        rounded: While open, gives a model's weights the values that `change` leaves of them; the
+            original's logits are those with these.
 
     Raises:
         ModelRefused: With what was counted and measured.
@@ -87,7 +92,8 @@ def probe(
     if not exact and sum(weight.numel() for weight in model.parameters()) <= FP32_WEIGHTS:
         model, exact = copy.deepcopy(model).float(), True
     sequences = _sequences(model, layers)
-    expected = [_own_logits(model, tokens) for tokens in sequences]
+    with rounded(model) if rounded is not None else nullcontext():
+        expected = [_own_logits(model, tokens) for tokens in sequences]
     if change is not None:
         change(model)
     return _verdict(model, layers, sequences, expected, exact=exact)
@@ -194,7 +200,11 @@ def _paged_logits(
         handle.current = StepContext(build_plan([0] * len(tokens), {}), _meta(spans, per_seq))
         # Backwards, as a model that ignores the index would otherwise go unnoticed.
         backwards = torch.arange(len(tokens)).flip(0)
-        logits = model_logits(model, tokens, positions, backwards)
+        try:
+            logits = model_logits(model, tokens, positions, backwards)
+        except AttributeError as error:
+            msg = f"{_name(model)} is refused: it reads its linears' weights itself ({error})"
+            raise ModelRefused(msg) from error
         if len(logits) != len(tokens):
             msg = f"{_name(model)} is refused: it does not know `logits_to_keep`"
             raise ModelRefused(msg)
