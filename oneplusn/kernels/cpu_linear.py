@@ -136,6 +136,17 @@ class Panels:
         )
         return y
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Read rows of the weight back, bit for bit: ids int64 [..] -> [.., K].
+
+        Only of a weight that is kept in its own dtype.
+        """
+        assert self.stored == self.dtype, self.stored
+        depth = DEPTH[self.dtype]
+        count = -(-self.columns // PANEL) * PANEL * self.width
+        panels = self._panels[:count].view(-1, self.width // depth, PANEL, depth)
+        return panels[ids // PANEL, :, ids % PANEL].reshape(*ids.shape, self.width)
+
     @property
     def stored(self) -> torch.dtype:
         """What the weight is kept in."""

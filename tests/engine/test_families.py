@@ -98,8 +98,19 @@ def test_sites_are_those_of_the_original(tmp_path) -> None:
         assert fast.get_submodule(site.name).out_features == sum(site.slices)
 
 
-def test_tied_embeddings_stay_tied(tmp_path) -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
-    expected = model.get_input_embeddings().weight.clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [256, 250])
+def test_a_tied_embedding_is_read_from_the_head(tmp_path, dtype, vocab_size) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True, vocab_size=vocab_size).to(dtype)
+    ids = torch.tensor([[0, 1, 31, 32], [33, 255 % vocab_size, vocab_size - 1, 0]])
+    expected, weights = model.get_input_embeddings()(ids), model.num_parameters()
+    loaded = prepare_model(model, tmp_path)
+    assert torch.equal(model.get_input_embeddings()(ids), expected)
+    assert loaded.num_bytes < 1.05 * weights * dtype.itemsize
+
+
+def test_an_embedding_of_its_own_stays(tmp_path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    embedding = model.get_input_embeddings()
     prepare_model(model, tmp_path)
-    assert torch.equal(model.get_input_embeddings().weight, expected)
+    assert model.get_input_embeddings() is embedding

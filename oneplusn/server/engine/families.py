@@ -23,7 +23,7 @@ from oneplusn.kernels import cpu_linear
 from oneplusn.kernels.cpu_layers import LayerParts, Layers
 from oneplusn.server.engine import attention
 from oneplusn.server.engine.attention import AttentionHook, KVCache, hook_of
-from oneplusn.server.engine.linear import CompiledLinear
+from oneplusn.server.engine.linear import CompiledLinear, PanelEmbedding
 
 MODELS = (
     llama.LlamaForCausalLM,
@@ -214,6 +214,28 @@ def accelerate(model: PreTrainedModel, stored: torch.dtype | None = None) -> boo
         stack.layers.append(FastLayer(layer, linears, stack))
         layers[index] = stack.layers[index]
     return True
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Tell whether a model of a fast family has one weight for its embedding and its head."""
+    if type(model) not in MODELS:
+        return False
+    parts: Any = model
+    return parts.lm_head.weight is parts.model.embed_tokens.weight
+
+
+def embed_by_head(model: PreTrainedModel) -> None:
+    """Have the embedding of a fast model read the head's weight, to which it was tied.
+
+    A head that was packed is a copy: 57 of 269 MB in a model of 134.5 million weights. Where it is
+    kept in int8, the embedding stays what it was.
+    """
+    parts: Any = model
+    head = parts.lm_head
+    if stack_of(model) is None or not isinstance(head, CompiledLinear):
+        return
+    if head.panels.stored == head.panels.dtype:
+        parts.model.embed_tokens = PanelEmbedding(head.panels)
 
 
 def _fits(layer: Any, kept: torch.dtype) -> bool:  # noqa: ANN401  (any module that is a layer)

@@ -50,6 +50,19 @@ class CompiledLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, compiled, {stored}"
 
 
+class PanelEmbedding(nn.Module):
+    """An embedding that reads its rows from the weight of the head that it is tied to."""
+
+    def __init__(self, panels: Panels) -> None:
+        """Read from the panels of the head."""
+        super().__init__()
+        self.panels = panels
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look tokens up: [..] -> [.., K]."""
+        return self.panels.rows(ids)
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose bf16 weight lies in oneDNN's own layout, where nothing is compiled.
 

@@ -20,7 +20,7 @@ from oneplusn.errors import ConfigError, ModelRefused
 from oneplusn.kernels import native, ops
 from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.attention import LayerShape
-from oneplusn.server.engine.families import accelerate
+from oneplusn.server.engine.families import accelerate, embed_by_head, has_tied_head
 from oneplusn.server.engine.linear import (
     CompiledLinear,
     PackedLinear,
@@ -134,12 +134,14 @@ def prepare_model(
             linear for int8.
     """
     model.eval().requires_grad_(requires_grad=False)
-    sites = tuple(find_sites(model))
+    sites, is_tied = tuple(find_sites(model)), has_tied_head(model)
     rounded = None if stored is None else partial(rounded_linears, stored=stored)
     report = probe(model, partial(_speed_up, stored=stored), rounded)
     max_model_len = _max_model_len(model.config, report.layers)
     _speed_up(model, stored)
     pack_linears(model, stored)
+    if is_tied:
+        embed_by_head(model)
     if stored is not None:
         _check_packed(model, stored)
     for weight in (*model.parameters(), *model.buffers()):
