@@ -142,10 +142,10 @@ class Panels:
         Only of a weight that is kept in its own dtype.
         """
         assert self.stored == self.dtype, self.stored
-        depth = DEPTH[self.dtype]
         count = -(-self.columns // PANEL) * PANEL * self.width
-        panels = self._panels[:count].view(-1, self.width // depth, PANEL, depth)
-        return panels[ids // PANEL, :, ids % PANEL].reshape(*ids.shape, self.width)
+        words = self._panels[:count].view(torch.int32)  # of DEPTH inputs each
+        panels = words.view(-1, self.width // DEPTH[self.dtype], PANEL).transpose(1, 2)
+        return panels[ids // PANEL, ids % PANEL].view(self.dtype)
 
     @property
     def stored(self) -> torch.dtype:
