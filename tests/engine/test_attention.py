@@ -214,11 +214,21 @@ def test_heads_of_every_size(shape, window, softcap, sinks, dtype) -> None:
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        (Shape(9, 3, 64, 64), None),
+        (Shape(9, 3, 64, 64), 40),
+        (Shape(2, 1, 128, 32), None),
+        (Shape(6, 2, 24, 40), None),
+        (Shape(1, 1, 5, 3), None),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("compiled", [True], indirect=True)
-def test_a_row_has_the_same_bits_beside_any_other_and_in_any_chunk(window) -> None:
-    shape = Shape(9, 3, 64, 64)
-    paged = Paged(Case(((1, 300), (5, 90), (1, 17)), shape, torch.bfloat16))
+def test_a_row_has_the_same_bits_beside_any_other_and_in_any_chunk(shape, window, dtype) -> None:
+    paged = Paged(Case(((1, 300), (5, 90), (1, 17), (30, 33)), shape, dtype))
     together, _ = paged.attend(window)
     q = torch.cat(paged.queries)
     for row in range(len(q)):

@@ -2,7 +2,9 @@
 //
 // A cache lies head by head, [Hkv][tokens][D], and a block of it is contiguous. Queries that read
 // the same keys are computed together: the heads of a KV group, and in prefill rows of one sequence
-// besides. Scores, sums and weights are fp32; a row's bits depend on its own context alone.
+// besides. Few queries meet four keys at a time as these lie; for many, sixteen keys are turned round
+// first, and the sums run in the same order. Scores, sums and weights are fp32, and weights are
+// divided by their sum at the end; a row's bits depend on its own context alone.
 
 #pragma once
 
