@@ -102,7 +102,7 @@ class Engine:
 
     Example:
         with oneplusn.Engine("demo") as engine:
-            answers = engine.generate(["4 82 9", "4 82 9"], tasks=["sort_numbers", None])
+            answers = engine.generate(["4 82 9 13", "4 82 9 13"], tasks=["sort_numbers", None])
 
     Attributes:
         core: The engine itself.
