@@ -23,8 +23,9 @@ from oneplusn.kernels.ptx import Program
 
 _ELEMENT_TYPES = {
     **dict.fromkeys(("x", "a", "b", "y0", "y1", "y2", "h"), "bf16"),
-    "planes": "fp32",
-    "gates": "fp32",
+    **dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "y", "sinks"), "bf16"),
+    **dict.fromkeys(("planes", "gates", "parts", "weights"), "fp32"),
+    "kv_pos": "i64",
 }
 """What pointer arguments point to, by their names; all others point to int32."""
 _NUMBER = re.compile(r"[A-Z]\d*|(max|num)_\w+|\w+_stride")

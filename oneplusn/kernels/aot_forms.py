@@ -13,7 +13,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from oneplusn.kernels import triton_delta, triton_plan, tuning
+from oneplusn.kernels import (
+    triton_attention,
+    triton_attention_backend,
+    triton_attention_decode,
+    triton_delta,
+    triton_plan,
+    tuning,
+)
 from oneplusn.kernels.aot import DEVICES, Facts, compile_kernel
 from oneplusn.kernels.plan import MAX_RUNS, SiteSpec
 from oneplusn.kernels.ptx_order import Handover, order_faults
@@ -37,6 +44,10 @@ ONE_LAUNCH = Limit(168, "three blocks of 4 warps: one waits, one loads, one mult
 SHRINK = Limit(128, "four blocks of 4 warps: their copies together keep the memory busy")
 EXPAND = Limit(96, "five blocks of 4 warps: it streams B and computes little")
 PLAN = Limit(64, "one block with nothing beside it: more would mean a table kept in registers")
+DECODE = Limit(168, "three blocks of 4 warps: their copies together keep the memory busy")
+MERGE = Limit(64, "eight blocks of 4 warps, or four of 8: it waits for memory and for nothing else")
+PREFILL = Limit(255, "one block of 8 warps: sums, scores and queries are held between the loads")
+WRITE = Limit(32, "a row is a program: as many as there is room for")
 
 
 class Form(NamedTuple):
@@ -159,8 +170,58 @@ def _two_launches(spec: SiteSpec, rows: int, capability: int) -> list[Form]:
     ]
 
 
+class _Heads(NamedTuple):
+    """What attention of a family is compiled for, besides its phase."""
+
+    label: str
+    heads: int
+    group: int
+    dim: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+LLAMA = _Heads("heads of 128", 8, 4, 128)
+GEMMA2 = _Heads("heads of 256, window, softcap", 8, 2, 256, 4096, 50.0)
+GPT_OSS = _Heads("heads of 64, window, sinks", 8, 8, 64, 128, sinks=True)
+PHI3 = _Heads("heads of 96, window, no groups", 32, 1, 96, 2047)
+
+
+def _attention(phase: triton_attention_backend.Phase, heads: _Heads, capability: int) -> Form:
+    dims = heads.dim, heads.dim
+    shape = triton_attention_backend.shape_for(phase, capability, dims, 2)
+    sizes = triton_attention_backend.sizes_of(shape, heads.heads, heads.group, dims)
+    options = {"SCALE": heads.dim**-0.5, "WINDOW": heads.window, "SOFTCAP": heads.softcap}
+    constexprs = {**sizes, **options, "BLOCK": 16}
+    label = f"attention: {phase}, {heads.label}"
+    pipeline = shape.num_warps, shape.num_stages
+    if phase == "prefill":
+        kernel = triton_attention.prefill_kernel
+        return Form(label, kernel, {**constexprs, "SINKS": heads.sinks}, PREFILL, "none", *pipeline)
+    kernel = triton_attention_decode.decode_kernel
+    constexprs |= {"SPLIT": shape.split, "MAX_SPLITS": triton_attention_backend.MAX_SPLITS}
+    return Form(label, kernel, constexprs, DECODE, "none", *pipeline, shape.programs)
+
+
+def _attention_rest(capability: int) -> list[Form]:
+    """Return the kernels that multiply nothing, for the widest heads."""
+    shape = triton_attention_backend.shape_for("decode", capability, (256, 256), 2)
+    merge = {
+        **{"VD": 256, "VP": 256, "WINDOW": 4096, "SINKS": True},
+        **{"SPLIT": shape.split, "MAX_SPLITS": triton_attention_backend.MAX_SPLITS},
+    }
+    write = {"HEADS": 8, "HP": 8, "KD": 256, "DP": 256, "VD": 256, "VP": 256, "LARGEST": 3e38}
+    warps = triton_attention_backend.merge_warps(256)
+    kernel = triton_attention_decode.merge_kernel
+    return [
+        Form("attention: merge", kernel, merge, MERGE, num_warps=warps),
+        Form("attention: write", triton_attention.write_kernel, write, WRITE),
+    ]
+
+
 def forms(capability: int) -> list[Form]:
-    """Return the forms, as `tuning` shapes them for Llama-3-8B on devices of this capability."""
+    """Return the forms on devices of this capability: the delta's at the sites of Llama-3-8B."""
     candidates = (16 * MAX_RUNS - 1).bit_length()
     return [
         _one_launch(QKV, 16, capability),
@@ -172,6 +233,9 @@ def forms(capability: int) -> list[Form]:
         Form("plan: sort", triton_plan.sort_kernel, {"TILE_ROWS": 16, "LOG": 8}, PLAN),
         Form("plan: unite", triton_plan.union_kernel, {"LOG": candidates}, PLAN),
         Form("plan: lay out", triton_plan.layout_kernel, {"LOG": candidates, "TILES": 64}, PLAN),
+        *(_attention("decode", heads, capability) for heads in (LLAMA, GEMMA2)),
+        *(_attention("prefill", heads, capability) for heads in (LLAMA, GEMMA2, GPT_OSS, PHI3)),
+        *_attention_rest(capability),
     ]
 
 

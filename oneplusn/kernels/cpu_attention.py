@@ -125,9 +125,15 @@ class _Chunk:
     visible: Tensor | None
 
 
-def new_cache(num_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+def new_cache(
+    num_tokens: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Allocate a cache of zeros, `[num_tokens, heads, dim]`, head-major in memory."""
-    return zeros((heads, num_tokens, dim), dtype, in_large_pages=True).transpose(0, 1)
+    return zeros((heads, num_tokens, dim), dtype, device, in_large_pages=True).transpose(0, 1)
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, kv_pos: Tensor) -> None:

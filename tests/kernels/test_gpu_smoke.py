@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,15 @@ import torch
 from oneplusn.kernels import reference
 from oneplusn.kernels.plan import SiteSpec, build_plan
 from oneplusn.kernels.smoke import __main__ as smoke
-from oneplusn.kernels.smoke import baselines, roofline, supervisor, timing
+from oneplusn.kernels.smoke import (
+    attention,
+    attention_timing,
+    baselines,
+    roofline,
+    supervisor,
+    timing,
+)
+from oneplusn.kernels.smoke.attention import Batch
 from oneplusn.kernels.smoke.baselines import Merged, Sorted
 from oneplusn.kernels.smoke.cases import Mix, equal_shares, make_bed
 from oneplusn.kernels.smoke.items import ODD, Item
@@ -57,6 +66,8 @@ def test_the_dry_run_checks_everything_and_measures_nothing(
             "delta alone",
             "plan on the device",
             "reference",
+            "paged attention",
+            "paged attention, any mix",
         },
         "replays": {"one launch", "two launches"},
         "timing": {
@@ -67,6 +78,8 @@ def test_the_dry_run_checks_everything_and_measures_nothing(
             "grouped_mm twice",
             "loop over tasks",
             "gathered bmm",
+            "paged attention",
+            "torch SDPA, gathered",
         },
         "sharing": {"one launch"},
     }
@@ -142,6 +155,43 @@ def test_sharing_less_costs_more() -> None:
     assert times == sorted(times)
     assert roofline.load_of(roofline.SHARING[0]).rank_rows == 18 * 16
     assert roofline.load_of(roofline.SHARING[-1]).rank_rows == 48 * 16
+
+
+@pytest.mark.parametrize(
+    ("batch", "us"),
+    [
+        # 8,192 keys and values of 8 heads of 128 in bf16, and 32 heads in and out.
+        (Batch((8192,)), (33_554_432 + 16_384) / 4.3e6),
+        (Batch((2048,) * 32), 32 * (8_388_608 + 16_384) / 4.3e6),
+        # Two products of 128 for each of 32 heads and 2,048 * 2,049 / 2 pairs of rows.
+        (Batch(chunks=((2048, 2048),)), 4 * 128 * 32 * 2048 * 2049 / 2 / 790e6),
+    ],
+    ids=str,
+)
+def test_bound_of_attention(batch: Batch, us: float) -> None:
+    assert attention_timing.predict(attention_timing.BOUND, batch) == pytest.approx(us)
+
+
+def test_attention_that_loses_a_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(q, k_cache, v_cache, meta, **options):
+        short = replace(meta, context_lens=meta.context_lens - 1)
+        return paged_attention(q, k_cache, v_cache, short, **options)
+
+    paged_attention = attention.paged_attention
+    monkeypatch.setattr(attention, "paged_attention", lose)
+    found = attention.check(attention.TINY_FAMILIES[0], Batch((20, 33)), torch.float32, CPU)
+    assert found.fault.startswith("error ")
+
+
+def test_attention_whose_bits_depend_on_the_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drift(q, *args, **options):
+        return paged_attention(q, *args, **options) + len(q) * 1e-6
+
+    paged_attention = attention.paged_attention
+    monkeypatch.setattr(attention, "paged_attention", drift)
+    tiny = attention.TINY_FAMILIES[0]
+    found = attention.check_mixes(tiny, Batch((20, 33)), torch.float32, 4, CPU)
+    assert "other bits" in found.fault
 
 
 def test_the_page_has_the_predictions_of_the_code() -> None:

@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 
 from oneplusn.kernels.plan import SiteSpec
-from oneplusn.kernels.smoke import checks, replays, roofline, timing, tune
+from oneplusn.kernels.smoke import (
+    attention,
+    attention_timing,
+    checks,
+    replays,
+    roofline,
+    timing,
+    tune,
+)
 from oneplusn.kernels.smoke.cases import Mix
 from oneplusn.kernels.smoke.checks import BITS, DELTA, FORMS, ONE, PDL, PLAN, REFERENCE, TWO, Size
 from oneplusn.kernels.smoke.compile import Variant, compile_plan, compile_variant
@@ -32,6 +40,7 @@ FORM_OF = {
     roofline.EAGER_ONE: ONE,
     roofline.EAGER_TWO: TWO,
     roofline.BESIDE: ONE,
+    attention.MIXES: attention.PAGED,
 }
 
 
@@ -72,6 +81,10 @@ class Scale:
         replays: Of the graph of a layer.
         cases: That are timed in all ways.
         sharing: That are timed to see what sharing saves.
+        families: Whose attention is checked; that of the first is timed.
+        ragged: The sequences of these checks.
+        shuffles: Random steps of these sequences.
+        batches: On which attention is timed.
     """
 
     sites: tuple[SiteSpec, ...]
@@ -83,6 +96,10 @@ class Scale:
     replays: replays.Size
     cases: tuple[Case, ...]
     sharing: tuple[Case, ...]
+    families: tuple[attention.Heads, ...]
+    ragged: attention.Batch
+    shuffles: int
+    batches: tuple[attention.Batch, ...]
 
 
 FULL = Scale(
@@ -95,6 +112,10 @@ FULL = Scale(
     replays=replays.Size(replays=1000, plans=16, rows=128),
     cases=roofline.CASES,
     sharing=roofline.SHARING,
+    families=attention.FAMILIES,
+    ragged=attention.RAGGED,
+    shuffles=250,
+    batches=attention_timing.TIMED,
 )
 TINY_O = SiteSpec("o", 32, (32,), ("o",))
 TINY = Scale(
@@ -112,6 +133,10 @@ TINY = Scale(
     replays=replays.Size(replays=2, plans=2, rows=3),
     cases=(Case(3, Mix(2, 1)),),
     sharing=(Case(3, Mix(2, 1)),),
+    families=attention.TINY_FAMILIES,
+    ragged=attention.TINY_RAGGED,
+    shuffles=2,
+    batches=attention_timing.TINY_TIMED,
 )
 
 
@@ -136,6 +161,10 @@ def _compiling(parts: Sequence[str], scale: Scale, device: torch.device) -> Iter
         for size in scale.plan_sizes:
             run = partial(compile_plan, size, device)
             yield Item("compile", f"{size.rows} rows", "", PLAN, _timeless(run))
+        for heads, dtype in _attention_kinds(scale):
+            run = partial(attention.compile_family, heads, dtype, device)
+            case = _kind_name(heads, dtype)
+            yield Item("compile", case, attention.SITE, attention.PAGED, _timeless(run))
 
 
 def _variants(parts: Sequence[str], scale: Scale) -> Iterator[Variant]:
@@ -175,6 +204,23 @@ def _checking(scale: Scale, device: torch.device) -> Iterator[Item]:
         spec = scale.sites[1]
         make = partial(checks.make_ground, spec, mix, torch.bfloat16, scale.plan_sizes, device)
         yield Item("correctness", _mix_name(mix), "", PLAN, _timeless(partial(_check_plan, make)))
+    for heads, dtype in _attention_kinds(scale):
+        of = heads, scale.ragged, dtype
+        case = _kind_name(heads, dtype)
+        run = partial(attention.check, *of, device)
+        yield Item("correctness", case, attention.SITE, attention.PAGED, _timeless(run))
+        run = partial(attention.check_mixes, *of, scale.shuffles, device)
+        yield Item("correctness", case, attention.SITE, attention.MIXES, _timeless(run))
+
+
+def _attention_kinds(scale: Scale) -> Iterator[tuple[attention.Heads, torch.dtype]]:
+    """Yield what attention is checked on: every family, and the first in other dtypes too."""
+    yield from ((heads, torch.bfloat16) for heads in scale.families)
+    yield from ((scale.families[0], dtype) for dtype in OTHER_DTYPES)
+
+
+def _kind_name(heads: attention.Heads, dtype: torch.dtype) -> str:
+    return f"{heads.name}, {str(dtype).removeprefix('torch.')}"
 
 
 def _check_form(form: str, make: Callable[[], checks.Ground]) -> Outcome:
@@ -212,6 +258,9 @@ def _timing(part: str, scale: Scale, device: torch.device) -> Iterator[Item]:
         if roofline.tried(way, case):
             run = partial(timing.time_way, way, spec, case, device)
             yield Item(part, str(case), spec.name, way, _timeless(run))
+    for batch, way in product(scale.batches, attention_timing.WAYS[1:]) if part == "timing" else ():
+        run = partial(attention_timing.time_way, way, scale.families[0], batch, device)
+        yield Item(part, str(batch), attention.SITE, way, _timeless(run))
 
 
 def _tuning(scale: Scale, device: torch.device) -> Iterator[Item]:

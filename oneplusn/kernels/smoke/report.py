@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from oneplusn.kernels.plan import SiteSpec
-from oneplusn.kernels.smoke import roofline
+from oneplusn.kernels.smoke import attention_timing, roofline
 from oneplusn.kernels.smoke.roofline import BASE, BESIDE, CASES, IDEAL, SHARING, SITES, WAYS, Case
 from oneplusn.kernels.smoke.supervisor import Row
 
@@ -117,6 +117,10 @@ def model_table() -> str:
         *([name, f"{rate / 1e12:g} TB/s", source] for name, (rate, source) in rates.items()),
         ["bf16 products", f"{roofline.MATRIX_RATE / 1e12:g} TFLOP/s", "a product by torch"],
         *([name, f"{us:g} us", "estimate"] for name, us in latencies.items()),
+        *(
+            [f"{way}, {phase}: of bytes or flops", f"{100 * share:g} %", "estimate"]
+            for (way, phase), share in attention_timing.EFFICIENCY.items()
+        ),
     ]
     return "\n".join(_table(["assumed of an H200", "value", "from"], lines))
 
@@ -127,7 +131,8 @@ def timing_tables(measured: Measured) -> str:
     Args:
         measured: What is known; what is not stays empty.
     """
-    return "\n\n".join([*(_case_table(case, measured) for case in CASES), _sharing_table(measured)])
+    tables = [_case_table(case, measured) for case in CASES]
+    return "\n\n".join([*tables, _sharing_table(measured), _attention_table(measured)])
 
 
 def _case_table(case: Case, measured: Measured) -> str:
@@ -180,6 +185,23 @@ def _sharing_table(measured: Measured) -> str:
             cells += [_us(_layer(_predicted(case, way))), _us(_layer(known))]
         lines.append(cells)
     title = "### What sharing saves: 32 rows of 16 tasks, a layer, by clusters"
+    return "\n".join([title, "", *_table(header, lines)])
+
+
+def _attention_table(measured: Measured) -> str:
+    ways = attention_timing.WAYS[1:]
+    columns = [cell for way in ways for cell in (way, "measured", "of the rate")]
+    header = ["", attention_timing.BOUND, *columns]
+    lines = []
+    for batch in attention_timing.TIMED:
+        bound = attention_timing.predict(attention_timing.BOUND, batch)
+        cells = [str(batch), _us(bound)]
+        for way in ways:
+            known = measured.get((str(batch), attention_timing.SITE, way))
+            share = None if known is None else bound / known
+            cells += [_us(attention_timing.predict(way, batch)), _us(known), _percent(share, 1.0)]
+        lines.append(cells)
+    title = "### Attention over the KV cache, a layer of Llama-3-8B"
     return "\n".join([title, "", *_table(header, lines)])
 
 

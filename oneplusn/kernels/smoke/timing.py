@@ -30,7 +30,7 @@ from oneplusn.kernels.smoke.roofline import Case
 from oneplusn.kernels.triton_backend import launch, launch_two
 from oneplusn.kernels.tuning import Shape
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 Add = Callable[[Sequence[Tensor]], None]
 """Adds the delta to outputs, one per slice, or writes it there."""
 

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from oneplusn.kernels.cpu_attention import (
-    AttentionMeta,
-    new_cache,
-    paged_attention,
-    write_kv,
-)
+from oneplusn.kernels.cpu_attention import AttentionMeta, new_cache
 from oneplusn.kernels.plan import Plan, StepHandle
+from oneplusn.server.engine.attention_backends import choose
 
 _numbers = itertools.count()
 _hooks: WeakValueDictionary[str, AttentionHook] = WeakValueDictionary()
@@ -56,11 +52,16 @@ class KVCache:
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype
+        self,
+        shapes: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         tokens = num_blocks * block_size
-        self.k = [new_cache(tokens, shape.heads, shape.k_dim, dtype) for shape in shapes]
-        self.v = [new_cache(tokens, shape.heads, shape.v_dim, dtype) for shape in shapes]
+        self.k = [new_cache(tokens, each.heads, each.k_dim, dtype, device) for each in shapes]
+        self.v = [new_cache(tokens, each.heads, each.v_dim, dtype, device) for each in shapes]
         self.num_blocks = num_blocks
         self.block_size = block_size
 
@@ -74,6 +75,7 @@ class AttentionHook:
     Attributes:
         name: What the model's `attn_implementation` must be set to.
         calls: How often each layer has called, by layer index.
+        backend: Who computes it.
     """
 
     def __init__(self, handle: StepHandle, cache: KVCache) -> None:
@@ -84,6 +86,8 @@ class AttentionHook:
             cache: This engine's keys and values.
         """
         self.calls = [0] * len(cache.k)
+        self.backend = choose((*cache.k, *cache.v))
+        self._attention = self.backend.load()
         self._handle = handle
         self._cache: KVCache | None = cache
         self.name = _register(self._attend)
@@ -122,24 +126,42 @@ class AttentionHook:
             query [1, H, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv]
             -> ([1, T, H, Dv], None), as `AttentionInterface` defines it.
         """
-        _, meta = self.step()
         layer = module.layer_idx
         assert isinstance(layer, int)
         self.calls[layer] += 1
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        return self.attend(layer, q, k, v, scale, kwargs)[None], None
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        options: dict[str, object],
+    ) -> Tensor:
+        """Store the rows of a step in a layer's cache, and attend from them.
+
+        Semantics:
+            q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, H, Dv].
+
+        Args:
+            layer: Its index.
+            q: Queries.
+            k: Keys.
+            v: Values.
+            scale: Of the scores.
+            options: What else the layer passes.
+        """
+        _, meta = self.step()
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        write_kv(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), meta.kv_pos)
-        window, softcap, sinks = _options(kwargs)
-        attended = paged_attention(
-            query[0].transpose(0, 1),
-            k_cache,
-            v_cache,
-            meta,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
+        self._attention.write_kv(k_cache, v_cache, k, v, meta.kv_pos)
+        window, softcap, sinks = _options(options)
+        return self._attention.paged_attention(
+            q, k_cache, v_cache, meta, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
-        return attended[None], None
 
 
 def hook_of(model_config: Any) -> AttentionHook:  # noqa: ANN401 - every family has its own class

@@ -28,7 +28,7 @@ from oneplusn.adapters.files import read_adapter
 from oneplusn.adapters.refs import TaskRef
 from oneplusn.errors import ConfigError, OneplusnError
 from oneplusn.kernels.cpu_layers import PARTS as LAYER_PARTS
-from oneplusn.server.engine import attention
+from oneplusn.server.engine.attention import AttentionHook
 from oneplusn.server.engine.engine import Engine, EngineConfig
 from oneplusn.server.engine.families import stack_of
 from oneplusn.server.engine.linear import CompiledLinear, PackedLinear
@@ -39,8 +39,7 @@ from oneplusn.server.messages import Sampling, Submit
 ATTENTION, GEMM, DELTA, SAMPLER, REST = "attention", "GEMM", "delta", "sampler", "rest"
 NORMS = "norms, rotation"
 PARTS: tuple[tuple[object, str, str], ...] = (
-    (attention, "write_kv", ATTENTION),
-    (attention, "paged_attention", ATTENTION),
+    (AttentionHook, "attend", ATTENTION),
     (CompiledLinear, "forward", GEMM),
     (PackedLinear, "forward", GEMM),
     (Linear, "forward", GEMM),
