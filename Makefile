@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test check fmt lint types acceptance bench bench-peers bench-swap growth experiments other-triton kernel-report gpu-smoke container-steps clean
+.PHONY: help install serve demo test check fmt lint types acceptance bench bench-peers bench-swap bench-scale growth experiments other-triton kernel-report gpu-smoke container-steps clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -88,6 +88,9 @@ bench-peers: $(STAMP) $(patsubst %,$(PEERS)/%/.installed,gguf transformers peft)
 
 bench-swap: $(STAMP) ## flip an adapter's versions under load, and print what it cost the others
 	$(BIN)/python -m oneplusn.loadtest.swap $(ARGS)
+
+bench-scale: $(STAMP) ## what 4,096 registered tasks cost: throughput, memory, loads (an hour, 20 GB)
+	$(BIN)/python -m oneplusn.loadtest.scale --out docs/benchmarks $(ARGS)
 
 growth: $(STAMP) ## how throughput and latency grow with clients, adapters, context (minutes a curve)
 	$(BIN)/python -m oneplusn.loadtest.growth --out docs/benchmarks $(ARGS)

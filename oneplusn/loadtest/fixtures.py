@@ -141,7 +141,7 @@ def build(fixtures: Fixtures, shape: Shape) -> None:
         rank = LORA_RANKS[index % len(LORA_RANKS)]
         write_lora(folder, shape, rank, lora_tensors(shape, rank, seeds))
     for name, folder in fixtures.clusters.items():
-        _write_cluster(folder, shape, tasks_of(name), seeds)
+        write_cluster(folder, shape, tasks_of(name), seeds)
     marker.touch()
 
 
@@ -211,7 +211,7 @@ def write_lora(folder: Path, shape: Shape, rank: int, tensors: dict[str, Tensor]
     _write_adapter(folder, "adapter_config.json", config, tensors)
 
 
-def _write_cluster(folder: Path, shape: Shape, tasks: list[str], generator: Generator) -> None:
+def write_cluster(folder: Path, shape: Shape, tasks: list[str], generator: Generator) -> None:
     """Write a CGC-LoRA cluster: common experts, one own expert a task, a softmax gate a layer."""
     import torch
 
