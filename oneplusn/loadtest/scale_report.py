@@ -23,7 +23,9 @@ def blocks(known: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
     yield Text(
         "`make bench-scale` wrote this page. The base is the random model of the CPU benchmark; a "
         "task is a LoRA of rank 4 on queries and values, as PEFT adapts by default, each with "
-        "weights of its own, uploaded through `POST /v1/adapters`."
+        "weights of its own, uploaded through `POST /v1/adapters`. Where the load average before a "
+        "part is above 1, others computed meanwhile: its rows took turns and can be compared with "
+        "each other, and with no other table."
     )
     if costs := list(_costs(known)):
         yield Heading("What a task costs in memory")

@@ -121,8 +121,14 @@ class Settings(BaseSettings):
         description="Longest prompt plus completion, in tokens; the model's own limit otherwise.",
     )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Sequences computed in one step.")
-    token_budget: int = Field(
-        512, ge=1, le=1 << 20, description="Tokens computed in one step, prompts included."
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description=(
+            "Tokens computed in one step, prompts included: what a prompt may hold the others up "
+            "by; otherwise twice `max_num_seqs`, and 128 at least."
+        ),
     )
     max_adapters: int | None = Field(
         None,

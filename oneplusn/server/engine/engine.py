@@ -26,7 +26,7 @@ from oneplusn.server.engine.model import LoadedModel
 from oneplusn.server.engine.residency import Residency
 from oneplusn.server.engine.runner import Runner
 from oneplusn.server.engine.sampler import SampledTokens, Sampler, TopTokens, failure_of
-from oneplusn.server.engine.scheduler import Schedule, Scheduler
+from oneplusn.server.engine.scheduler import Schedule, Scheduler, budget_for
 from oneplusn.server.engine.sequence import Sequence, Status
 from oneplusn.server.messages import (
     FinishReason,
@@ -53,7 +53,7 @@ class EngineConfig:
         adapter_memory: Bytes of resident adapters; None = the same.
         max_model_len: Most tokens of a sequence; None = what the model can tell apart.
         max_num_seqs: Most sequences in one step.
-        token_budget: Most tokens in one step.
+        token_budget: Most tokens in one step; None = `budget_for` the sequences.
         block_size: Tokens of a KV block.
         max_tasks: Most tasks and blends that are resident at once.
         max_adapters: Most distinct adapters in one step; None = no limit.
@@ -66,7 +66,7 @@ class EngineConfig:
     adapter_memory: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    token_budget: int = 512
+    token_budget: int | None = None
     block_size: int = 16
     max_tasks: int = 1024
     max_adapters: int | None = None
@@ -125,7 +125,7 @@ class Engine:
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs=config.max_num_seqs,
-            token_budget=config.token_budget,
+            token_budget=config.token_budget or budget_for(config.max_num_seqs),
             max_model_len=max_model_len,
             eos_ids=model.eos_ids,
             max_adapters=config.max_adapters,

@@ -37,7 +37,7 @@ class Limits(TypedDict, total=False):
     adapter_memory: int | None
     max_model_len: int | None
     max_num_seqs: int
-    token_budget: int
+    token_budget: int | None
     block_size: int
     max_tasks: int
     max_adapters: int | None

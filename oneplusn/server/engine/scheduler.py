@@ -78,6 +78,16 @@ class _Admission:
     is_open: bool = True
 
 
+def budget_for(max_num_seqs: int) -> int:
+    """Return the rows of a step that serve so many sequences well.
+
+    More make a prompt hold up those who wait for their next token, and compute it no faster: with
+    eight streams and prompts of 512 tokens (134.5 M model, two cores) p99 between tokens was 63, 98
+    and 348 ms at 64, 128 and 512 rows, the first token of a prompt came after 472, 400 and 370.
+    """
+    return max(128, 2 * max_num_seqs)
+
+
 class Scheduler:
     """Continuous batching, first come first served, under a budget of tokens a step.
 
