@@ -2,56 +2,58 @@
 
     python -m experiments.e3 [--quick] [--jobs N] [--prefix 'nice -n 10']
 
-Up to four CGC-LoRA clusters of four tasks each, at ranks from 1 to 64, at
-one learning rate. Speed is that of a mixed batch over all tasks of N clusters.
+Eight CGC-LoRA clusters of four tasks each, at ranks from 1 to 64, rates chosen at each rank.
+Bytes and speed are what `python -m experiments.serving` has measured, before or after.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from tqdm import tqdm
 
-from experiments.grid import Grid, Plan, main
-from experiments.report import group, mean, save, seed_values, spread, surroundings, table
-from experiments.run import Outcome, Run
+from experiments.grid import Grid, Plan, Rates, main
+from experiments.report import by_rates, group, mean, save, seed_values, spread, surroundings, table
+from experiments.run import WARMUP, Outcome, Run
 from experiments.serving import (
     BATCH,
+    CLUSTERS,
+    FILE,
     NEW_TOKENS,
     NUM_COMMON,
     PROMPT_TOKENS,
+    RANKS,
+    ROUNDS,
     TASKS_PER_CLUSTER,
     Served,
+    read_served,
 )
 
-RANKS = (1, 8, 64)
-CLUSTERS: tuple[int, ...] = (1, 2, 4)
-RATES = (4e-3,)
+RATES = (4e-3, 8e-3, 1.6e-2)
+GATE_RATE = 2e-2
+TUNED_ON = 2
 CONFLICT = 0.3
-EXAMPLES = 24
-STEPS = 350
 MIB = 2**20
 
 TEXT = """
 N clusters of four tasks, each cluster a CGC-LoRA bundle of its own with A = {common} common experts
 and B = 1 own expert a task, all of rank r: (A + 4) r rank rows a cluster at every linear.
 Flattened, as a server without gates would load them, the same tasks are four LoRAs of rank
-(A + 1) r. The clusters are ciphers whose tasks disagree on 30 % of the letters; the first adds an
-offset of the task's own modulo 24. Clusters share nothing, so the quality of N clusters is the mean
-over the first N. {steps} steps a cluster at a learning rate of {rates}. The seed is the cluster's
+(A + 1) r. The clusters are ciphers whose tasks disagree on 30 % of the letters; the first and the
+fifth add an offset of the task's own modulo 24. Clusters share nothing, so the quality of N
+clusters is the mean over the first N. At each rank the rate of the experts is the one of {rates}
+with the best validation accuracy in the mean over the first {tuned} clusters; gates have
+{gate_rate:g}, and rates rise over the first {warmup:.0%} of the steps. The seed is the cluster's
 number.
 """
 
 SERVING = """
 Random factors of the same layout beside the demo's base (6 layers, width 256, bf16), one thread.
 {batch} requests at once, one task after the other, {prompt} prompt and {new} new tokens each;
-generated tokens per second, prompts included, median of three rounds in which both forms and the
+generated tokens per second, prompts included, median of {rounds} rounds in which both forms and the
 bare base answer in turn. Resident is what the engine's pool uses, whole pages and tables.
-The machine has other users: read the ratios, and those only as far as their range is narrow.
 """
 
 
@@ -61,46 +63,16 @@ def settings(ranks: Sequence[int]) -> list[Run]:
         Run(
             label=f"r {rank}",
             method="cgc-lora",
-            settings={
-                "num_common": NUM_COMMON,
-                "num_own": 1,
-                "rank": rank,
-                "embedding_dim": 8,
-            },
+            settings={"num_common": NUM_COMMON, "num_own": 1, "rank": rank, "embedding_dim": 8},
             family="varied",
-            options={"count": TASKS_PER_CLUSTER, "conflict": CONFLICT},
-            examples=EXAMPLES,
-            steps=STEPS,
+            options={
+                "count": TASKS_PER_CLUSTER,
+                "conflict": CONFLICT,
+                "arrangement": "reverse",
+            },
         )
         for rank in ranks
     ]
-
-
-def read_served(path: Path) -> dict[tuple[int, int], Served]:
-    """Read (clusters, rank) -> what was measured."""
-    if not path.is_file():
-        return {}
-    found = [Served(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {(each.clusters, each.rank): each for each in found}
-
-
-def measure(
-    grid: Grid, ranks: Sequence[int], clusters: Sequence[int]
-) -> dict[tuple[int, int], Served]:
-    """Measure the points that the file of served results lacks, each in a process of its own."""
-    path = grid.results.with_stem(f"{grid.results.stem}_served")
-    missing = [
-        (number, rank)
-        for rank in ranks
-        for number in clusters
-        if (number, rank) not in read_served(path)
-    ]
-    for number, rank in tqdm(missing, desc="E3: serving", unit="point", dynamic_ncols=True):
-        arguments = ["--clusters", str(number), "--rank", str(rank)]
-        for line in grid.process("experiments.serving", arguments):
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
-    return read_served(path)
 
 
 def report(
@@ -111,15 +83,21 @@ def report(
 ) -> None:
     """Write e3.md and e3.png."""
     by_rank = group(outcomes)
-    rates = " and ".join(f"{rate:g}" for rate in RATES)
-    quality = TEXT.format(common=NUM_COMMON, steps=STEPS, rates=rates)
-    serving = SERVING.format(batch=BATCH, prompt=PROMPT_TOKENS, new=NEW_TOKENS)
-    parts = ["# E3: rank and number of clusters", quality, surroundings(tried)]
+    quality = TEXT.format(
+        common=NUM_COMMON,
+        rates=", ".join(f"{rate:g}" for rate in RATES),
+        tuned=TUNED_ON,
+        gate_rate=GATE_RATE,
+        warmup=WARMUP,
+    )
+    serving = SERVING.format(batch=BATCH, prompt=PROMPT_TOKENS, new=NEW_TOKENS, rounds=ROUNDS)
+    parts = ["# E3: rank and number of clusters", quality, surroundings([*outcomes, *tried])]
     parts += ["![quality, bytes and speed](e3.png)", "## Quality", _quality(by_rank)]
+    parts += ["Validation accuracy, experts / gates:", by_rates(group(tried))]
     parts += ["## Bytes and speed", serving, _speed(served)]
     parts.append(
         "`python -m experiments.e3` makes this page from [e3.jsonl](e3.jsonl) and"
-        " [e3_served.jsonl](e3_served.jsonl)."
+        " [e3_served.jsonl](e3_served.jsonl), which is of `python -m experiments.serving`."
     )
     (folder / "e3.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
     _plot(by_rank, served)
@@ -201,14 +179,14 @@ def _plot(
 
 
 def run(grid: Grid, args: argparse.Namespace) -> None:
-    """Train and measure what is missing, then write tables and plots."""
-    plan, clusters = Plan("E3", settings(RANKS), RATES, range(max(CLUSTERS))), CLUSTERS
+    """Train what is missing, then write tables and plots."""
+    rates = [Rates(rate, GATE_RATE) for rate in RATES]
+    plan = Plan("E3", settings(RANKS), rates, range(max(CLUSTERS)), TUNED_ON)
     if args.quick:
-        plan, clusters = Plan("E3", settings(RANKS[:2]), RATES[1:2], range(2)), CLUSTERS[:2]
+        plan = Plan("E3", settings(RANKS[:2]), rates[:1], range(2), 1)
     plan.execute(grid, args.only)
     outcomes, tried = plan.finished(grid)
-    ranks = sorted({outcome.run.settings["rank"] for outcome in outcomes})
-    report(outcomes, tried, measure(grid, ranks, clusters), grid.results.parent)
+    report(outcomes, tried, read_served(FILE), grid.results.parent)
 
 
 if __name__ == "__main__":

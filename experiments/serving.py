@@ -1,11 +1,13 @@
 """Time a mixed batch through the engine: clusters as one pool, and every task flattened.
 
-    python -m experiments.serving --clusters N --rank R
+    python -m experiments.serving [--clusters N --rank R]
 
-Prints one JSON object. The base is the demo's; the experts are random, as speed does not depend on
-what they say. A flattened task is one LoRA of rank (A + B) r, its gates folded in: what a server
-without gates would load. Both forms answer the same batch in turn, so that they see the same
-machine.
+Measures one point and prints it as a JSON object; without arguments all that E3's page shows and
+its file lacks, each in a process of its own. Wants a machine that does nothing else.
+
+The base is the demo's; the experts are random, as speed does not depend on what they say. A
+flattened task is one LoRA of rank (A + B) r, its gates folded in: what a server without gates would
+load. Both forms answer the same batch in turn, so that they see the same machine.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,20 +24,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from experiments.grid import DOCS
 from oneplusn.adapters.attach import find_sites
 from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta
 from oneplusn.adapters.files import write_bundle
 from oneplusn.server.engine.llm import Engine
 from oneplusn.server.engine.model import demo_data
 
+FILE = DOCS / "e3_served.jsonl"
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+CLUSTERS = (1, 2, 4, 8)
 NUM_COMMON = 4
 TASKS_PER_CLUSTER = 4
 BATCH = 32
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32
-ROUNDS = 3
+ROUNDS = 5
 MEMORY = 2 << 30
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -175,12 +184,35 @@ def serve(clusters: int, rank: int) -> Served:
         )
 
 
+def read_served(path: Path) -> dict[tuple[int, int], Served]:
+    """Read (clusters, rank) -> what was measured."""
+    if not path.is_file():
+        return {}
+    found = [Served(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(each.clusters, each.rank): each for each in found}
+
+
+def measure(path: Path) -> None:
+    """Measure the points that a file lacks, and append them."""
+    known = read_served(path)
+    missing = [(n, rank) for rank in RANKS for n in CLUSTERS if (n, rank) not in known]
+    for clusters, rank in tqdm(missing, desc="E3: serving", unit="point", dynamic_ncols=True):
+        point = ["--clusters", str(clusters), "--rank", str(rank)]
+        command = [sys.executable, "-m", "experiments.serving", *point]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own module
+        with path.open("a", encoding="utf-8") as file:
+            file.write(done.stdout)
+
+
 def main() -> None:
     """Measure from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clusters", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--clusters", type=int)
+    parser.add_argument("--rank", type=int)
     args = parser.parse_args()
+    if args.clusters is None or args.rank is None:
+        measure(FILE)
+        return
     print(json.dumps(asdict(serve(args.clusters, args.rank))), flush=True)
 
 
