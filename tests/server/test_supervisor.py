@@ -74,7 +74,7 @@ class TestInARow:
             assert engine.alive
             await until(lambda life=life: len(lives.begun) == life and engine.ready)
             lives.begun[-1].kill()
-            await until(lambda: not engine.ready)
+            await until(lambda life=life: engine.restarts == life or not engine.alive)
 
         assert not engine.alive
         assert engine.restarts == supervisor.MAX_FAILURES - 1
@@ -89,7 +89,7 @@ class TestInARow:
             outputs = outputs_of(engine.stream(SUBMIT))
             assert [output.token async for output in outputs] == [104, 257]
             lives.begun[-1].kill()
-            await until(lambda: not engine.ready)
+            await until(lambda life=life: engine.restarts == life)
         assert engine.alive
 
     @pytest.mark.anyio
@@ -98,7 +98,7 @@ class TestInARow:
         for life in range(1, 2 * supervisor.MAX_FAILURES):
             await until(lambda life=life: len(lives.begun) == life and engine.ready)
             lives.begun[-1].kill()
-            await until(lambda: not engine.ready)
+            await until(lambda life=life: engine.restarts == life)
         assert engine.alive
 
 
