@@ -132,7 +132,7 @@ def _signed(values: Sequence[float]) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Say whether a difference is there: at least one point in a hundred, in every seed."""
+    """Say whether a difference is there: of one sign in every seed, and not negligible in all."""
     if max(map(abs, differences)) < NEGLIGIBLE:
         return "no difference"
     if min(differences) > 0 or max(differences) < 0:

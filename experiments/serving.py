@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,11 +31,12 @@ from experiments.grid import DOCS
 from oneplusn.adapters.attach import find_sites
 from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta
 from oneplusn.adapters.files import write_bundle
+from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.llm import Engine
 from oneplusn.server.engine.model import demo_data
 
 FILE = DOCS / "e3_served.jsonl"
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 4, 16, 64)
 CLUSTERS = (1, 2, 4, 8)
 NUM_COMMON = 4
 TASKS_PER_CLUSTER = 4
@@ -44,8 +45,6 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 32
 ROUNDS = 5
 MEMORY = 2 << 30
-
-Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +76,24 @@ class Served:
     ratios: Sequence[float]
 
 
-def random_cluster(name: str, shapes: Shapes, rank: int) -> Bundle:
-    """Make a CGC-LoRA cluster whose gates and factors are random."""
+def random_cluster(name: str, sites: Sequence[SiteSpec], rank: int) -> Bundle:
+    """Make a CGC-LoRA cluster of random factors; linears of a site share gates, as trained ones."""
     tasks = tuple(f"{name}-{index}" for index in range(TASKS_PER_CLUSTER))
     experts = [Expert(f"common-{i}", "common", None, rank) for i in range(NUM_COMMON)]
     experts += [Expert(f"{task}-0", "own", task, rank) for task in tasks]
     may = torch.tensor([[expert.owner in (None, task) for expert in experts] for task in tasks])
+    rows = rank * len(experts)
     modules = {}
-    for path, (inputs, outputs) in shapes.items():
-        rows = rank * len(experts)
-        modules[path] = ModuleDelta(
-            a=torch.randn(rows, inputs).div_(inputs**0.5).bfloat16(),
-            b=torch.randn(outputs, rows).mul_(0.01).bfloat16(),
-            ranks=(rank,) * len(experts),
-            gate=torch.rand(may.shape) * may,
-            scale=torch.ones(len(experts)),
-        )
+    for site in sites:
+        gate = torch.rand(may.shape) * may
+        for path, outputs in zip(site.modules, site.slices, strict=True):
+            modules[path] = ModuleDelta(
+                a=torch.randn(rows, site.in_features).div_(site.in_features**0.5).bfloat16(),
+                b=torch.randn(outputs, rows).mul_(0.01).bfloat16(),
+                ranks=(rank,) * len(experts),
+                gate=gate,
+                scale=torch.ones(len(experts)),
+            )
     return Bundle(method="cgc-lora", tasks=tasks, experts=tuple(experts), modules=modules)
 
 
@@ -132,16 +133,6 @@ def generate(engine: Engine, tasks: Sequence[str | None]) -> float:
     return BATCH * NEW_TOKENS / (time.perf_counter() - started)
 
 
-def shapes_of(base: Path) -> Shapes:
-    """Return module path -> (in, out) features of all linears that adapters reach."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    return {
-        path: (site.in_features, width)
-        for site in find_sites(model)
-        for path, width in zip(site.modules, site.slices, strict=True)
-    }
-
-
 def serve(clusters: int, rank: int) -> Served:
     """Measure one point."""
     torch.manual_seed(0)
@@ -151,8 +142,8 @@ def serve(clusters: int, rank: int) -> Served:
         Engine(base, threads=1, adapter_memory=MEMORY) as pooled,
         Engine(base, threads=1, adapter_memory=MEMORY) as flat,
     ):
-        shapes = shapes_of(base)
-        bundles = [random_cluster(f"cluster{i}", shapes, rank) for i in range(clusters)]
+        sites = find_sites(AutoModelForCausalLM.from_pretrained(base))
+        bundles = [random_cluster(f"cluster{i}", sites, rank) for i in range(clusters)]
         flattened = [flatten(bundle, task) for bundle in bundles for task in bundle.tasks]
         for engine, found in ((pooled, bundles), (flat, flattened)):
             for bundle in found:

@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import pytest
@@ -21,7 +22,8 @@ from oneplusn.adapters.files import write_bundle
 from oneplusn.server.engine.llm import Engine
 
 ROOT = Path(__file__).parents[2]
-MARGIN = 0.05
+SEEDS = (0, 1, 2)
+MARGIN = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -55,44 +57,57 @@ def base(bed, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(experiments, base):
-    """Method -> bundle and outcome at a conflict of 0.3, all of 12 rank rows and the same rates."""
+    """Method -> bundle and outcome by seed: a conflict of 0.4, all of 12 rank rows, equal rates.
+
+    The experiment's own recipe, with rates that rise over 30 % of the steps: no seed collapses.
+    """
     e1, run = experiments
     found = {}
-    for each in e1.settings(0.3):
+    for each in e1.settings(0.4):
         if each.label in (e1.SHARED, e1.OWN, e1.MOE, e1.CGC):
             options = {**each.options, "arrangement": "copy"}
-            each = replace(each.at(1.6e-2, 2e-2, 0), options=options, examples=12, steps=180)
-            found[each.method] = run.execute(each, base)
+            small = replace(each, options=options, examples=8, steps=80)
+            found[each.method] = [run.execute(small.at(1.6e-2, 2e-2, seed), base) for seed in SEEDS]
     return found
 
 
 def test_methods_of_equal_size(trained):
-    sizes = [sum(outcome.parameters) for _, outcome in trained.values()]
+    sizes = [sum(outcome.parameters) for runs in trained.values() for _, outcome in runs]
     assert max(sizes) < 1.05 * min(sizes)
 
 
+@pytest.mark.parametrize("value", ["mean", "worst"])
 @pytest.mark.parametrize("plain", ["shared-lora", "lora"])
 @pytest.mark.parametrize("gated", ["moelora", "cgc-lora"])
-def test_gated_experts_beat_one_lora_for_all_tasks_and_one_for_each(trained, gated, plain):
-    gates, none = trained[gated][1], trained[plain][1]
-    assert gates.mean > none.mean + MARGIN
-    assert gates.worst > none.worst + MARGIN
+def test_gated_experts_beat_one_lora_for_all_tasks_and_one_for_each(trained, gated, plain, value):
+    def over_seeds(method):
+        return fmean(getattr(outcome, value) for _, outcome in trained[method])
+
+    assert over_seeds(gated) > over_seeds(plain) + MARGIN
 
 
-def test_the_accuracy_is_that_of_what_is_served(trained, bed, base, tmp_path):
-    bundle, outcome = trained["cgc-lora"]
+def test_the_accuracy_is_that_of_what_is_served(experiments, trained, bed, base, tmp_path):
+    """Letter by letter after the right ones before it, as it is counted."""
+    bundle, outcome = trained["cgc-lora"][0]
     write_bundle(bundle, tmp_path / "cluster")
     tasks = outcome.run.family_tasks()
-    examples = bed.draw(tasks, 16, split="test", seed=outcome.run.seed)
+    model, tokenizer = bed.load_base(base)
+    data = bed.encode(bed.draw(tasks, 8, split="test", seed=0), tasks, tokenizer)
+    prompt = len(data[0]["input_ids"]) - bed.LENGTH - 1
+    asked = [(row, prompt + place) for row in data for place in range(bed.LENGTH)]
     with Engine(base, adapters={"cluster": tmp_path / "cluster"}, threads=1) as engine:
         answers = engine.generate(
-            [example.prompt for example in examples],
-            tasks=[example.task for example in examples],
-            max_tokens=bed.LENGTH + 1,
+            [row["input_ids"][:end] for row, end in asked],
+            tasks=[tasks[row["task_ids"]].name for row, _ in asked],
+            max_tokens=1,
         )
-    pairs = zip(answers, examples, strict=True)
-    right = [a == b for x, y in pairs for a, b in zip(x.text, y.completion, strict=False)]
-    assert sum(right) / (bed.LENGTH * len(examples)) == pytest.approx(outcome.mean, abs=0.05)
+    served = dict.fromkeys(bundle.tasks, 0.0)
+    for answer, (row, end) in zip(answers, asked, strict=True):
+        right = answer.token_ids == [row["input_ids"][end]]
+        served[answer.task] += right / (8 * bed.LENGTH)
+    score = importlib.import_module("experiments.score")
+    counted = score.accuracies(model, bundle, data, pad_token_id=model.config.pad_token_id)
+    assert served == pytest.approx(counted, abs=1 / (8 * bed.LENGTH))
 
 
 EXPERTS = (
