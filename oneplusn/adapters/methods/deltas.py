@@ -249,7 +249,8 @@ class _Respread(torch.autograd.Function):
         back = _summed(wide, ctx.num_experts).mul_(ctx.scale)
         wide.copy_(shrunk).mul_(back).addcmul_(grad_wide, mixed)
         of_weights = wide.sum_to_size(weights.shape)
-        return (back * weights).to(grad.dtype), of_weights, None, None
+        room = wide if of_weights.shape != wide.shape else None
+        return torch.mul(back, weights, out=room).to(grad.dtype), of_weights, None, None
 
 
 def _summed(wide: Tensor, num_experts: int) -> Tensor:
