@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test check fmt lint types acceptance bench bench-peers bench-swap bench-scale growth experiments other-triton kernel-report gpu-smoke container-steps clean
+.PHONY: help install serve demo test check fmt lint types acceptance bench bench-peers bench-swap bench-scale growth experiments slow-training other-triton kernel-report gpu-smoke container-steps clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -102,6 +102,9 @@ experiments: $(STAMP) ## what the methods do under conflict, with separation, ov
 	PYTHONPATH=$(CURDIR) $(BIN)/python -m experiments.e1 $(ARGS)
 	PYTHONPATH=$(CURDIR) $(BIN)/python -m experiments.e2 $(ARGS)
 	PYTHONPATH=$(CURDIR) $(BIN)/python -m experiments.e3 $(ARGS)
+
+slow-training: $(STAMP) ## the slow tests of training and of kills (half an hour)
+	$(BIN)/pytest -m slow tests/adapters
 
 other-triton: $(OTHER_TRITON) ## the oldest Triton, for the kernel report and its test
 

@@ -106,18 +106,19 @@ def modular(cluster: str, arrangement: str, *, count: int, seed: int) -> tuple[T
     )
 
 
-def varied(*, count: int, conflict: float, seed: int) -> tuple[Task, ...]:
+def varied(*, arrangement: str, count: int, conflict: float, seed: int) -> tuple[Task, ...]:
     """Make one cluster of the kind that its number asks for: three in four are ciphers.
 
     Args:
+        arrangement: key of ARRANGEMENTS.
         count: number of tasks.
         conflict: as for `ciphers`.
         seed: number of the cluster; also of its substitutions or offsets.
     """
     cluster = f"cluster{seed}"
     if seed % 4 == 0:
-        return modular(cluster, "copy", count=count, seed=seed)
-    return ciphers(cluster, "copy", count=count, conflict=conflict, seed=seed)
+        return modular(cluster, arrangement, count=count, seed=seed)
+    return ciphers(cluster, arrangement, count=count, conflict=conflict, seed=seed)
 
 
 def planted(

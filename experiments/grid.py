@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -123,47 +124,81 @@ class Grid:
             process.wait()
 
 
+class Rates(NamedTuple):
+    """Peak learning rates of one training."""
+
+    experts: float
+    gates: float
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Hold the settings of an experiment, each to be run with every rate and seed.
+    """Hold the settings of an experiment, and what they are tuned over.
 
     Attributes:
         name: Of the experiment, for the progress bar.
-        settings: Runs whose rate and seed are replaced.
-        rates: To choose from, the same for every setting.
+        settings: Runs whose rates and seed are replaced.
+        grid: Rates to choose from, the same for every setting; one that has no gates takes each
+            rate of the experts once.
         seeds: Of the tasks, the data and the training.
+        tuned_on: How many of the seeds, from the first, every pair of rates is run with. The
+            others are run with the pair that is chosen.
     """
 
     name: str
     settings: Sequence[Run]
-    rates: Sequence[float]
+    grid: Sequence[Rates]
     seeds: Sequence[int]
+    tuned_on: int
 
-    def runs(self, setting: Run, rate: float) -> list[Run]:
-        """List a setting at one rate with every seed."""
-        return [setting.at(rate, seed) for seed in self.seeds]
+    def choices(self, setting: Run) -> list[Rates]:
+        """List the pairs of rates that a setting is tried with."""
+        if setting.has_gates:
+            return list(self.grid)
+        return [rates for rates in self.grid if rates.gates == self.grid[0].gates]
+
+    def runs(self, setting: Run, rates: Rates, seeds: Sequence[int]) -> list[Run]:
+        """List a setting at one pair of rates."""
+        return [setting.at(*rates, seed) for seed in seeds]
 
     def execute(self, grid: Grid, only: str = "") -> None:
         """Run what is missing of the settings whose label matches a pattern."""
         chosen = [each for each in self.settings if re.search(only, each.label)]
-        runs = [run for each in chosen for rate in self.rates for run in self.runs(each, rate)]
-        grid.run(runs, self.name)
+        first = self.seeds[: self.tuned_on]
+        tried = [self.runs(each, rates, first) for each in chosen for rates in self.choices(each)]
+        grid.run([run for runs in tried for run in runs], f"{self.name}, rates")
+        best = [self.runs(each, self.best(grid, each), self.seeds) for each in chosen]
+        grid.run([run for runs in best for run in runs], f"{self.name}, seeds")
+
+    def best(self, grid: Grid, setting: Run) -> Rates:
+        """Return the rates whose validation accuracy is best in the mean over the first seeds."""
+
+        def score(rates: Rates) -> float:
+            runs = self.runs(setting, rates, self.seeds[: self.tuned_on])
+            return sum(grid.done[run.key].chosen_by for run in runs)
+
+        return max(self.choices(setting), key=score)
 
     def finished(self, grid: Grid) -> tuple[list[Outcome], list[Outcome]]:
         """Return the outcomes of the settings that are complete.
 
         Returns:
-            One outcome per setting and seed, all of a setting at the rate whose accuracy on the
-            validation split is best in the mean over the seeds; and those of all rates.
+            One outcome per setting and seed, all of a setting at its best rates; and those of all
+            rates, of the seeds that these were chosen by.
         """
         best: list[Outcome] = []
         tried: list[Outcome] = []
+        first = self.seeds[: self.tuned_on]
         for setting in self.settings:
-            rates = [self.runs(setting, rate) for rate in self.rates]
-            if all(run.key in grid.done for runs in rates for run in runs):
-                found = [[grid.done[run.key] for run in runs] for runs in rates]
-                best += max(found, key=lambda outcomes: sum(o.chosen_by for o in outcomes))
-                tried += [outcome for outcomes in found for outcome in outcomes]
+            runs = [
+                run for rates in self.choices(setting) for run in self.runs(setting, rates, first)
+            ]
+            if any(run.key not in grid.done for run in runs):
+                continue
+            chosen = self.runs(setting, self.best(grid, setting), self.seeds)
+            if all(run.key in grid.done for run in chosen):
+                best += [grid.done[run.key] for run in chosen]
+                tried += [grid.done[run.key] for run in runs]
         return best, tried
 
 

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib as mpl
-import torch
 
 mpl.use("Agg")
 
@@ -37,17 +36,18 @@ def surroundings(outcomes: Sequence[Outcome]) -> str:
         model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     seeds = sorted({outcome.run.seed for outcome in outcomes})
-    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    different = {outcome.run.key: outcome for outcome in outcomes}.values()
+    minutes = sum(outcome.seconds for outcome in different) / 60
     first = outcomes[0].run
     return (
         f"Hardware: {model}, one thread a run, no GPU. python {platform.python_version()},"
         f" {versions}. Base: {type(base_config()).__name__.removesuffix('Config')} of"
         f" {base_config().num_hidden_layers} layers, width {base_config().hidden_size}, frozen;"
         f" all its linears adapted. {first.examples} training examples a task, batch 32,"
-        f" AdamW, gates at {first.gate_rate:g}, gradients clipped to a norm of 0.5."
+        f" {first.steps} steps of AdamW, gradients clipped to a norm of 0.5."
         f" {VALIDATION} validation and {TEST} test examples a task. Seeds"
         f" {', '.join(map(str, seeds))}; each has its own tasks, data and initial weights."
-        f" {len(outcomes)} runs, {minutes:.0f} minutes of processor time."
+        f" {len(different)} runs, {minutes:.0f} minutes of processor time."
     )
 
 
@@ -93,12 +93,46 @@ def compare(groups: Groups, pairs: Sequence[tuple[str, str]]) -> list[list[str]]
     return rows
 
 
+def by_rates(found: Groups) -> str:
+    """Table the validation accuracy of every setting at every pair of rates, the best in bold."""
+    pairs = sorted({_rates(outcome) for outcomes in found.values() for outcome in outcomes})
+    rows = []
+    for label, outcomes in found.items():
+        scores = {
+            pair: [outcome.chosen_by for outcome in outcomes if _rates(outcome) == pair]
+            for pair in pairs
+        }
+        best = max(pairs, key=lambda pair: mean(scores[pair]) if scores[pair] else 0.0)
+        cells = [spread(scores[pair]) if scores[pair] else "-" for pair in pairs]
+        cells = [f"**{c}**" if p == best else c for p, c in zip(pairs, cells, strict=True)]
+        rows.append([label, *cells])
+    return table(["method", *(f"{rate:g} / {gates:g}" for rate, gates in pairs)], rows)
+
+
+def _rates(outcome: Outcome) -> tuple[float, float]:
+    return outcome.run.rate, outcome.run.gate_rate
+
+
+def by_seed(found: Groups) -> str:
+    """Table the mean over the tasks and the worst task of every setting and seed."""
+    seeds = [outcome.run.seed for outcome in next(iter(found.values()))]
+    rows = [
+        [
+            label,
+            "{:g} / {:g}".format(*_rates(outcomes[0])),
+            *(f"{outcome.mean:.3f} / {outcome.worst:.2f}" for outcome in outcomes),
+        ]
+        for label, outcomes in found.items()
+    ]
+    return table(["method", "rates", *(f"seed {seed}" for seed in seeds)], rows)
+
+
 def _signed(values: Sequence[float]) -> str:
     return f"{mean(values):+.3f} [{min(values):+.2f}, {max(values):+.2f}]"
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Say whether a difference is there: at least one point in a hundred, in every seed."""
+    """Say whether a difference is there: of one sign in every seed, and not negligible in all."""
     if max(map(abs, differences)) < NEGLIGIBLE:
         return "no difference"
     if min(differences) > 0 or max(differences) < 0:
@@ -132,8 +166,3 @@ def save(path: Path) -> None:
     plt.tight_layout()
     plt.savefig(path, dpi=110, metadata={"Software": None})
     plt.close()
-
-
-def set_threads() -> None:
-    """Keep this process to one thread."""
-    torch.set_num_threads(1)

@@ -1,11 +1,13 @@
 """Time a mixed batch through the engine: clusters as one pool, and every task flattened.
 
-    python -m experiments.serving --clusters N --rank R
+    python -m experiments.serving [--clusters N --rank R]
 
-Prints one JSON object. The base is the demo's; the experts are random, as speed does not depend on
-what they say. A flattened task is one LoRA of rank (A + B) r, its gates folded in: what a server
-without gates would load. Both forms answer the same batch in turn, so that they see the same
-machine.
+Measures one point and prints it as a JSON object; without arguments all that E3's page shows and
+its file lacks, each in a process of its own. Wants a machine that does nothing else.
+
+The base is the demo's; the experts are random, as speed does not depend on what they say. A
+flattened task is one LoRA of rank (A + B) r, its gates folded in: what a server without gates would
+load. Both forms answer the same batch in turn, so that they see the same machine.
 """
 
 from __future__ import annotations
@@ -13,30 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from experiments.grid import DOCS
 from oneplusn.adapters.attach import find_sites
 from oneplusn.adapters.bundle import Bundle, Expert, ModuleDelta
 from oneplusn.adapters.files import write_bundle
+from oneplusn.kernels.plan import SiteSpec
 from oneplusn.server.engine.llm import Engine
 from oneplusn.server.engine.model import demo_data
 
+FILE = DOCS / "e3_served.jsonl"
+RANKS = (1, 4, 16, 64)
+CLUSTERS = (1, 2, 4, 8)
 NUM_COMMON = 4
 TASKS_PER_CLUSTER = 4
 BATCH = 32
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32
-ROUNDS = 3
+ROUNDS = 5
 MEMORY = 2 << 30
-
-Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +76,24 @@ class Served:
     ratios: Sequence[float]
 
 
-def random_cluster(name: str, shapes: Shapes, rank: int) -> Bundle:
-    """Make a CGC-LoRA cluster whose gates and factors are random."""
+def random_cluster(name: str, sites: Sequence[SiteSpec], rank: int) -> Bundle:
+    """Make a CGC-LoRA cluster of random factors; linears of a site share gates, as trained ones."""
     tasks = tuple(f"{name}-{index}" for index in range(TASKS_PER_CLUSTER))
     experts = [Expert(f"common-{i}", "common", None, rank) for i in range(NUM_COMMON)]
     experts += [Expert(f"{task}-0", "own", task, rank) for task in tasks]
     may = torch.tensor([[expert.owner in (None, task) for expert in experts] for task in tasks])
+    rows = rank * len(experts)
     modules = {}
-    for path, (inputs, outputs) in shapes.items():
-        rows = rank * len(experts)
-        modules[path] = ModuleDelta(
-            a=torch.randn(rows, inputs).div_(inputs**0.5).bfloat16(),
-            b=torch.randn(outputs, rows).mul_(0.01).bfloat16(),
-            ranks=(rank,) * len(experts),
-            gate=torch.rand(may.shape) * may,
-            scale=torch.ones(len(experts)),
-        )
+    for site in sites:
+        gate = torch.rand(may.shape) * may
+        for path, outputs in zip(site.modules, site.slices, strict=True):
+            modules[path] = ModuleDelta(
+                a=torch.randn(rows, site.in_features).div_(site.in_features**0.5).bfloat16(),
+                b=torch.randn(outputs, rows).mul_(0.01).bfloat16(),
+                ranks=(rank,) * len(experts),
+                gate=gate,
+                scale=torch.ones(len(experts)),
+            )
     return Bundle(method="cgc-lora", tasks=tasks, experts=tuple(experts), modules=modules)
 
 
@@ -123,16 +133,6 @@ def generate(engine: Engine, tasks: Sequence[str | None]) -> float:
     return BATCH * NEW_TOKENS / (time.perf_counter() - started)
 
 
-def shapes_of(base: Path) -> Shapes:
-    """Return module path -> (in, out) features of all linears that adapters reach."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    return {
-        path: (site.in_features, width)
-        for site in find_sites(model)
-        for path, width in zip(site.modules, site.slices, strict=True)
-    }
-
-
 def serve(clusters: int, rank: int) -> Served:
     """Measure one point."""
     torch.manual_seed(0)
@@ -142,8 +142,8 @@ def serve(clusters: int, rank: int) -> Served:
         Engine(base, threads=1, adapter_memory=MEMORY) as pooled,
         Engine(base, threads=1, adapter_memory=MEMORY) as flat,
     ):
-        shapes = shapes_of(base)
-        bundles = [random_cluster(f"cluster{i}", shapes, rank) for i in range(clusters)]
+        sites = find_sites(AutoModelForCausalLM.from_pretrained(base))
+        bundles = [random_cluster(f"cluster{i}", sites, rank) for i in range(clusters)]
         flattened = [flatten(bundle, task) for bundle in bundles for task in bundle.tasks]
         for engine, found in ((pooled, bundles), (flat, flattened)):
             for bundle in found:
@@ -175,12 +175,35 @@ def serve(clusters: int, rank: int) -> Served:
         )
 
 
+def read_served(path: Path) -> dict[tuple[int, int], Served]:
+    """Read (clusters, rank) -> what was measured."""
+    if not path.is_file():
+        return {}
+    found = [Served(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(each.clusters, each.rank): each for each in found}
+
+
+def measure(path: Path) -> None:
+    """Measure the points that a file lacks, and append them."""
+    known = read_served(path)
+    missing = [(n, rank) for rank in RANKS for n in CLUSTERS if (n, rank) not in known]
+    for clusters, rank in tqdm(missing, desc="E3: serving", unit="point", dynamic_ncols=True):
+        point = ["--clusters", str(clusters), "--rank", str(rank)]
+        command = [sys.executable, "-m", "experiments.serving", *point]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own module
+        with path.open("a", encoding="utf-8") as file:
+            file.write(done.stdout)
+
+
 def main() -> None:
     """Measure from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clusters", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--clusters", type=int)
+    parser.add_argument("--rank", type=int)
     args = parser.parse_args()
+    if args.clusters is None or args.rank is None:
+        measure(FILE)
+        return
     print(json.dumps(asdict(serve(args.clusters, args.rank))), flush=True)
 
 

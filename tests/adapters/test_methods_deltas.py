@@ -110,8 +110,9 @@ def test_the_factor_mix_is_the_formula(num_splits, num_experts, rank, tokens, pe
         (expert_delta([2, 1], 3, 4), (2, 2, 3), (2, 2, 2)),
         (factor_delta(2, 2, 1), (2, 2, 4), (2, 2, 2)),
         (factor_delta(1, 2, 2), (1, 2, 2), (1, 2, 1, 2)),
+        (factor_delta(2, 2, 2), (2, 2, 4), (2, 2, 2, 2)),
     ],
-    ids=["output", "output per token", "factor", "factor per token"],
+    ids=["output", "output per token", "factor", "factor per token", "blocks per token"],
 )
 def test_gradients(delta, x, gates):
     delta = delta.double()

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from oneplusn.adapters.bundle import Expert, ModuleDelta
@@ -181,17 +183,18 @@ class FactorDelta(Delta):
         """Shrink with all experts and sum under the weights; spread, expand with all experts.
 
         The mixed factors of a row are never formed: r numbers per row stand between the two
-        products, as w enters linearly on either side. What is widest, [q, B, T, E * r], is
-        multiplied with weights of the same last axis, so that its memory is read in order.
+        products, as w enters linearly on either side.
         """
-        num_splits, num_experts, rank, _ = self.a.shape
+        num_splits, num_experts, _, _ = self.a.shape
         weights = rows.unflatten(-1, (num_splits, -1)).movedim(2, 0)  # [q, B, 1 or T, E * r]
         blocks = x.unflatten(-1, (num_splits, -1)).flatten(0, 1).transpose(0, 1)
         shrunk = torch.bmm(blocks, self.a.to(x.dtype).flatten(1, 2).mT)
         shrunk = shrunk.unflatten(1, x.shape[:2])  # [q, B, T, E * r]
-        mixed = (shrunk * weights).sum(0).unflatten(-1, (num_experts, rank)).sum(-2) * self.scale
-        spread = mixed.repeat(1, 1, num_experts) * weights
-        expanded = torch.bmm(spread.to(x.dtype).flatten(1, 2), self.b.to(x.dtype).flatten(1, 2))
+        # torch has no types for apply.
+        spread: Tensor = _Respread.apply(  # type: ignore[no-untyped-call]
+            shrunk, weights, num_experts, self.scale
+        )
+        expanded = torch.bmm(spread.flatten(1, 2), self.b.to(x.dtype).flatten(1, 2))
         output: Tensor = expanded.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
         return output
 
@@ -207,3 +210,50 @@ class FactorDelta(Delta):
             gate=torch.eye(num_tasks),
             scale=torch.full((num_tasks,), self.scale),
         )
+
+
+class _Respread(torch.autograd.Function):
+    """Sum the outputs of A under weights, and spread the sum for B under the same weights.
+
+    Semantics:
+        u[r] = s * sum over blocks i and experts e of w[i, e] * shrunk[i, e, r]
+        spread[i, e, r] = w[i, e] * u[r]
+
+    for shrunk and spread [q, B, T, E * r] in any dtype, w [q, B, 1 or T, E * r] in fp32. What is
+    this wide, four times the hidden rows of an output mix at four blocks, is computed in place as
+    far as it can be: its allocations and casts are what autograd's own derivative spends time on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch has no type for it
+        shrunk: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        scale: float,
+    ) -> Tensor:
+        """Return what B reads, in the dtype of what A put out."""
+        wide = torch.empty_like(shrunk, dtype=weights.dtype).copy_(shrunk).mul_(weights)
+        mixed = _summed(wide, num_experts).mul_(scale)
+        ctx.save_for_backward(shrunk, weights, mixed)
+        ctx.num_experts, ctx.scale = num_experts, scale
+        return torch.mul(mixed, weights, out=wide).to(shrunk.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        """The same sum and spread of the gradient; weights get one from either side."""
+        shrunk, weights, mixed = ctx.saved_tensors
+        grad_wide = grad.to(weights.dtype)
+        wide = grad_wide * weights
+        back = _summed(wide, ctx.num_experts).mul_(ctx.scale)
+        wide.copy_(shrunk).mul_(back).addcmul_(grad_wide, mixed)
+        of_weights = wide.sum_to_size(weights.shape)
+        room = wide if of_weights.shape != wide.shape else None
+        return torch.mul(back, weights, out=room).to(grad.dtype), of_weights, None, None
+
+
+def _summed(wide: Tensor, num_experts: int) -> Tensor:
+    """Sum [q, B, T, E * r] over blocks and experts; repeat the sum for every expert."""
+    of_blocks: Tensor = wide.sum(0).unflatten(-1, (num_experts, -1))
+    return of_blocks.sum(-2).repeat(1, 1, num_experts)
