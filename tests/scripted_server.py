@@ -18,20 +18,14 @@ def run_server(settings: str) -> None:
 
     from oneplusn.demo.tokenizer import build_tokenizer
     from oneplusn.server import serve
-    from oneplusn.server.grammars import Grammars
     from oneplusn.server.launch import ChildProcess
     from oneplusn.server.workers import Workers
 
     given = Settings(**msgspec.json.decode(settings))
     build_tokenizer(Path(given.model))
     Workers.start = lambda self: None
-    Grammars.warm = _nothing
     serve.launcher = lambda given: lambda at: ChildProcess(given, at, module="scripted_server")
     serve.serve(given)
-
-
-async def _nothing(grammars: object) -> None:
-    """Warm up nothing: a worker would load torch."""
 
 
 def build_engine(settings: Settings):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -29,7 +28,6 @@ MAX_SECONDS = 1.0
 MAX_MEMORY_BYTES = 256 << 20
 TOO_COMPLEX = "grammar_too_complex"
 
-_log = logging.getLogger("oneplusn.server")
 
 Kind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 
@@ -182,13 +180,6 @@ class Grammars:
         if error is not None:
             raise type(error)(error.message, code=error.code, param=error.param)
         return text
-
-    async def warm(self) -> None:
-        """Have the worker ready before anybody waits for it, which would take them seconds."""
-        try:
-            await self.prove(json_object())
-        except OneplusnError as error:
-            _log.warning("structured output cannot be served now: %s", error.message)
 
     async def _judge(self, spec: GrammarSpec) -> OneplusnError | None:
         """Compile; a verdict is about the grammar, any other error about the moment."""

@@ -160,7 +160,7 @@ class Server:
         model = await self.engine.start()
         if model.base_fingerprint:
             registry.bind(model.base_fingerprint)
-        self._grammars = grammars_for(self.workers, model)
+        self._grammars = grammars_for(self.workers, model, self.engine.warm)
         self._inference = Inference(
             self.engine, registry, self.metrics, model=model, base_name=name
         )
@@ -177,15 +177,7 @@ class Server:
             self.metrics.task_label(task)
         self._is_started = True
         _log.info("ready: %s with %d tasks", name, len(registry.tasks()))
-        self._chores = (
-            asyncio.create_task(_sweep(registry)),
-            asyncio.create_task(self._warm(self._grammars)),
-        )
-
-    async def _warm(self, grammars: Grammars) -> None:
-        """Have ready what grammars need, first in the worker, then in the engine."""
-        await grammars.warm()
-        self.engine.warm()
+        self._chores = (asyncio.create_task(_sweep(registry)),)
 
     def drain(self) -> None:
         """Take nothing new from now on; what is in flight goes on."""

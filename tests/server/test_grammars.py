@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from oneplusn.server import grammars
 from oneplusn.server.grammars import MAX_PATTERN_BYTES, Grammars, GrammarSpec, JsonRules
 from oneplusn.server.jobs import grammar as job
 from oneplusn.server.schemas_openai import ChatRequest
+from scripted_engine import ready_message
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}}
 BARE = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -263,23 +265,21 @@ class TestProof:
 
         asyncio.run(work())
 
-    @pytest.mark.parametrize(
-        ("ending", "said"),
-        [
-            (None, ""),
-            (InvalidRequest("this model has no end token"), "this model has no end token"),
-            (WorkerFailed("no process", code="worker_unavailable"), "no process"),
-        ],
-    )
-    def test_warming_up_starts_the_worker_and_never_fails(self, caplog, ending, said) -> None:
+    def test_the_engine_gets_ready_while_the_worker_proves(self) -> None:
+        told = []
+
+        class Workers:
+            async def run(self, kind, request, result):
+                assert told == ["warm"]
+                return result(1)
+
         async def work() -> None:
-            worker = Worker(ending)
-            await Grammars(worker).warm()
-            assert worker.calls == 1
+            proofs = job.grammars_for(Workers(), ready_message(Path()), lambda: told.append("warm"))
+            for _ in range(2):
+                await proofs.prove(grammars.json_object())
 
         asyncio.run(work())
-        assert said in caplog.text
-        assert bool(caplog.text) == bool(said)
+        assert told == ["warm"]
 
     def test_only_the_latest_are_remembered(self, monkeypatch) -> None:
         monkeypatch.setattr(grammars, "MAX_REMEMBERED", 2)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from oneplusn.server.text import TextStream
-from serving import CONTEXT, wait_until
+from serving import CONTEXT
 
 MODEL = "tiny-base"
 
@@ -372,10 +372,6 @@ def test_the_routers_own_errors_have_the_same_shape(http, method, path, status, 
     answer = http.request(method, path)
     assert answer.status_code == status
     assert error_of(answer)["code"] == code
-
-
-def test_once_it_serves_the_engine_is_warmed_for_grammars(live) -> None:
-    wait_until(lambda: live.core.warmed == 1)
 
 
 class TestRequestId:

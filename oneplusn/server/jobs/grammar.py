@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,10 +49,11 @@ class Proof(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-def grammars_for(workers: Workers, model: Ready) -> Grammars:
-    """Prove the grammars of a model in workers."""
+def grammars_for(workers: Workers, model: Ready, warm: Callable[[], None]) -> Grammars:
+    """Prove the grammars of a model in workers; meanwhile `warm` has the engine get ready."""
 
     async def compile_once(spec: GrammarSpec) -> Proof:
+        warm()
         request = Request(
             spec=spec, folder=model.folder, vocab_size=model.vocab_size, eos_ids=model.eos_ids
         )
