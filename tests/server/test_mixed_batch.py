@@ -207,7 +207,7 @@ def submits(engine: oneplusn.Engine, salt: str) -> list[Submit]:
 
 def test_so_do_the_engines_logits(monkeypatch) -> None:
     """Sixteen rows run alone, then in one batch."""
-    with oneplusn.Engine("demo", dtype="float32", threads=1) as engine:
+    with oneplusn.Engine("demo", dtype="float32", threads=1, token_budget=512) as engine:
         core, logits = engine.core, record_logits(engine.core, monkeypatch)
         for message in submits(engine, "alone"):
             core.submit(message)
