@@ -93,6 +93,7 @@ def server(threads: int | None) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-P", "-m", "oneplusn.cli", "serve", "--model", "demo"]
     command += ["--port", str(port), "--log-level", "warning"]
+    command += ["--token-budget", "512"]  # room for the prompts of all tasks in one step
     command += [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
     address = f"http://127.0.0.1:{port}"
